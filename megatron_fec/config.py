@@ -1,0 +1,367 @@
+"""The configuration: dataclasses with the only defaults, a YAML loader, and every rule that needs no model or cluster.
+
+A field without a default is required. Rules that need the checkpoint (heads, layers, vocabulary) are in policy/parallel.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    path: str = MISSING  # Hugging Face checkpoint: a folder or a hub name; "embedded" makes a small random Qwen2
+
+
+@dataclass(kw_only=True)
+class PolicyConfig:
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    context_parallel: int = 1
+    sequence_parallel: bool = False
+    precision: str = "bf16"  # bf16 | fp32
+    distributed_optimizer: bool = True
+    micro_batch_tokens: int = 16384  # tokens that one forward may hold; a longer sequence is an error
+    recompute: str = "none"  # none | selective | full
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    lr: float = 1e-6
+    lr_schedule: str = "constant"  # constant | cosine, to 0 at trainer.max_steps
+    warmup_steps: int = 0  # steps (rollouts), not updates
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+
+
+@dataclass(kw_only=True)
+class ThresholdsConfig:
+    """Two lines over the token's probability, as [slope, intercept], and the distance that they replace; section C.2."""
+
+    eps_std: float = 0.2
+    upper: list[float] = field(default_factory=lambda: [-0.25, 0.5])
+    lower: list[float] = field(default_factory=lambda: [-0.13, 0.3])
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    name: str = MISSING  # key of algorithm.schedules.SCHEDULES
+    total_steps: int = MISSING  # T of the formulas; may exceed trainer.max_steps, never the reverse
+    phase_ratio: float = 0.5  # id, did: the turn is at phase_ratio * T
+    lower_schedule: str | None = None  # id, did (required there): text | printed, the two readings of phase II
+    h_init: float | None = None  # od: entropy at the start; null measures it at step 0
+    h_min_ratio: float = 0.2  # od: H_min = h_min_ratio * H_init
+    h_min: float | None = None  # od: replaces h_min_ratio * H_init
+    entropy_ema: float = 0.0  # od: H <- ema * H + (1 - ema) * measured; 0 is off
+
+
+@dataclass(kw_only=True)
+class AlgorithmConfig:
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    thresholds: ThresholdsConfig = field(default_factory=ThresholdsConfig)
+    policy_loss: str = "clip"  # key of algorithm.losses.POLICY_LOSSES
+    aggregation: str = "token_mean"  # key of algorithm.losses.AGGREGATIONS
+    dual_clip: float | None = 3.0  # null is off; verl's 3.0 is always on there
+    log_ratio_clamp: float = 20.0
+    advantage_delta: float = 1e-6  # added to the group's standard deviation
+    prompts_per_update: int = MISSING  # mini-batch of one optimizer step, in prompts
+    epochs: int = 1  # passes over one rollout
+
+
+@dataclass(kw_only=True)
+class RolloutConfig:
+    engine: str = "vllm"  # vllm | native
+    tensor_parallel: int = 1
+    prompts_per_step: int = MISSING
+    group_size: int = 8
+    max_prompt_tokens: int = 1024  # longer prompts are filtered and counted
+    max_response_tokens: int = 7168
+    temperature: float = 1.0  # of sampling, and of every log-prob and entropy of the trainer
+    seed_per_request: bool = True  # the same samples in every engine layout; costs decode speed on GPUs
+    gpu_memory_utilization: float = 0.5  # vLLM's share of a GPU; unused on CPU
+    mismatch_limit: float = 0.05  # largest mean |trainer - engine| log-prob after a refit
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    train: str = MISSING  # .jsonl or .parquet file, hub name, embedded:countdown, or reasoning_gym:NAME
+    validation: str | None = None
+    prompt_column: str = "prompt"  # DAPO-Math-17k's columns; a dot descends into a struct
+    answer_column: str = "reward_model.ground_truth"
+    prompt_style: str = "boxed"  # boxed | chat | plain
+    verifier_timeout: float = 10.0  # seconds for one answer
+
+
+@dataclass(kw_only=True)
+class WarmStartConfig:
+    """Supervised steps before reinforcement, for a policy that cannot answer yet."""
+
+    steps: int = 0
+    batch_size: int = 256  # sequences
+    lr: float = 2e-3
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    run_dir: str = MISSING
+    max_steps: int = MISSING
+    seed: int = 0
+    resume: str = "auto"  # auto | never
+    save_every: int = 0  # steps; 0 saves at the end only
+    keep_checkpoints: int = 2
+    eval_every: int = 0  # steps; 0 is off
+    eval_samples: int = 8  # responses per validation prompt
+    wandb: str = "off"  # off | offline | online
+
+
+@dataclass(kw_only=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps that share one rollout."""
+        return self.rollout.prompts_per_step // self.algorithm.prompts_per_update * self.algorithm.epochs
+
+    def validate(self) -> None:
+        """Raises ConfigError naming setting, value, rule and remedy of the first broken rule."""
+        _check_choices(self)
+        _check_ranges(self)
+        _check_batch(self)
+        _check_schedule(self)
+
+
+class ConfigError(ValueError):
+    """A setting that its user can mend."""
+
+
+# The names a user may choose live here, so that a typo is found before torch is imported; a test compares them with
+# the dicts that implement them.
+CHOICES = {
+    "policy.precision": ("bf16", "fp32"),
+    "policy.recompute": ("none", "selective", "full"),
+    "optimizer.lr_schedule": ("constant", "cosine"),
+    "algorithm.schedule.name": ("grpo", "static", "dynamic_upper", "dynamic_lower", "id", "did", "od"),
+    "algorithm.policy_loss": ("clip",),
+    "algorithm.aggregation": ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum"),
+    "rollout.engine": ("vllm", "native"),
+    "data.prompt_style": ("boxed", "chat", "plain"),
+    "trainer.resume": ("auto", "never"),
+    "trainer.wandb": ("off", "offline", "online"),
+}
+AT_LEAST_ONE = (
+    "policy.tensor_parallel",
+    "policy.pipeline_parallel",
+    "policy.context_parallel",
+    "policy.micro_batch_tokens",
+    "algorithm.schedule.total_steps",
+    "algorithm.prompts_per_update",
+    "algorithm.epochs",
+    "rollout.tensor_parallel",
+    "rollout.prompts_per_step",
+    "rollout.group_size",
+    "rollout.max_prompt_tokens",
+    "rollout.max_response_tokens",
+    "warm_start.batch_size",
+    "trainer.max_steps",
+    "trainer.keep_checkpoints",
+    "trainer.eval_samples",
+)
+POSITIVE = (
+    "optimizer.lr",
+    "optimizer.clip_grad",
+    "algorithm.log_ratio_clamp",
+    "rollout.temperature",
+    "rollout.mismatch_limit",
+    "data.verifier_timeout",
+    "warm_start.lr",
+)
+NOT_NEGATIVE = (
+    "optimizer.warmup_steps",
+    "optimizer.weight_decay",
+    "warm_start.steps",
+    "trainer.seed",
+    "trainer.save_every",
+    "trainer.eval_every",
+)
+PHASED = ("id", "did")  # schedules with a phase II
+UNCLIPPED = ("grpo", "static")  # schedules that mean something with one update per rollout
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The validated configuration of a YAML file and `key=value` overrides.
+
+    A file may name another by the key `base` (relative to itself), and then holds only what differs.
+    """
+    typed = OmegaConf.structured(Config)
+    try:
+        for layer in _layers(Path(path)):
+            typed = OmegaConf.merge(typed, layer)
+        for override in overrides:
+            if "=" not in override:
+                raise ConfigError(f"override {override!r} must have the form key=value, such as trainer.max_steps=4.")
+            typed = OmegaConf.merge(typed, OmegaConf.from_dotlist([override]))
+        config = OmegaConf.to_object(typed)
+    except ConfigKeyError as error:
+        raise ConfigError(_unknown_key(str(error.full_key), path)) from error
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} is required; set it in {path} or as {error.full_key}=VALUE.") from error
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "a value"
+        raise ConfigError(f"{key} in {path}: {str(error).splitlines()[0]}.") from error
+    assert isinstance(config, Config)
+    config.validate()
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes the resolved configuration as YAML, readable by load_config."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def known_keys(cls: type = Config, prefix: str = "") -> list[str]:
+    """All dotted keys that a user may set."""
+    keys = []
+    for item in fields(cls):
+        default = item.default_factory
+        if isinstance(default, type) and is_dataclass(default):
+            keys += known_keys(default, f"{prefix}{item.name}.")
+        else:
+            keys.append(prefix + item.name)
+    return keys
+
+
+def _layers(path: Path) -> list[DictConfig]:
+    """The chain of files from the deepest base to `path`."""
+    if not path.is_file():
+        raise ConfigError(f"--config {path} does not exist. The project's own are in configs/.")
+    try:
+        layer = OmegaConf.load(path)
+    except Exception as error:  # yaml, encoding: whatever the parser says, the user must see which file
+        raise ConfigError(f"--config {path} is not readable YAML: {error}") from error
+    if not isinstance(layer, DictConfig):
+        raise ConfigError(f"--config {path} must hold a mapping of sections, such as `trainer:`.")
+    if "base" not in layer:
+        return [layer]
+    base = layer.pop("base")
+    return [*_layers(path.parent / str(base)), layer]
+
+
+def _unknown_key(key: str, path: str | Path) -> str:
+    known = known_keys()
+    sections = sorted({k.rsplit(".", 1)[0] for k in known})
+    near = difflib.get_close_matches(key, known + sections, n=1, cutoff=0.5)
+    if not near:  # a right leaf under a wrong section
+        near = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
+    remedy = f"Did you mean {near[0]}?" if near else f"The sections are {', '.join(sections)}."
+    return f"{key} is not a setting (in {path} or an override). {remedy}"
+
+
+def _get(config: Config, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _check_choices(config: Config) -> None:
+    for key, allowed in CHOICES.items():
+        value = _get(config, key)
+        if value not in allowed:
+            near = difflib.get_close_matches(str(value), allowed, n=1)
+            remedy = f" Did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{key}={value} must be one of {', '.join(allowed)}.{remedy}")
+
+
+def _check_ranges(config: Config) -> None:
+    for keys, rule, is_broken in (
+        (AT_LEAST_ONE, "at least 1", lambda v: v < 1),
+        (POSITIVE, "greater than 0", lambda v: v <= 0),
+        (NOT_NEGATIVE, "0 or more", lambda v: v < 0),
+    ):
+        for key in keys:
+            if is_broken(_get(config, key)):
+                raise ConfigError(f"{key}={_get(config, key)} must be {rule}.")
+    for key in ("rollout.gpu_memory_utilization", "algorithm.schedule.h_min_ratio"):
+        if not 0 < _get(config, key) <= 1:
+            raise ConfigError(f"{key}={_get(config, key)} must be in (0, 1].")
+    if config.algorithm.dual_clip is not None and config.algorithm.dual_clip <= 1:
+        raise ConfigError(f"algorithm.dual_clip={config.algorithm.dual_clip} must be greater than 1, or null for off.")
+    lines = config.algorithm.thresholds
+    for key, line, limit in (("upper", lines.upper, float("inf")), ("lower", lines.lower, 1.0)):
+        if len(line) != 2:
+            raise ConfigError(f"algorithm.thresholds.{key}={line} must be [slope, intercept].")
+        for p in (0.0, 1.0):
+            eps = line[0] * p + line[1]
+            if not 0 < eps < limit:
+                raise ConfigError(
+                    f"algorithm.thresholds.{key}={line} is {eps:g} at p={p:g}; it must stay in (0, {limit:g}). "
+                    "Change the slope or the intercept."
+                )
+
+
+def _check_batch(config: Config) -> None:
+    prompts, per_update = config.rollout.prompts_per_step, config.algorithm.prompts_per_update
+    if prompts % per_update:
+        raise ConfigError(
+            f"algorithm.prompts_per_update={per_update} must divide rollout.prompts_per_step={prompts}. "
+            f"Use a divisor, such as {_nearest_divisor(prompts, per_update)}."
+        )
+    if config.rollout.group_size < 2:
+        raise ConfigError(
+            f"rollout.group_size={config.rollout.group_size} must be at least 2: "
+            "an advantage compares the responses of one prompt."
+        )
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    if config.policy.micro_batch_tokens < longest:
+        raise ConfigError(
+            f"policy.micro_batch_tokens={config.policy.micro_batch_tokens} must hold the longest sequence, "
+            f"{longest} = rollout.max_prompt_tokens + rollout.max_response_tokens. Use at least {longest}."
+        )
+    if config.policy.sequence_parallel and config.policy.tensor_parallel == 1:
+        raise ConfigError("policy.sequence_parallel=true needs policy.tensor_parallel > 1. Set it to false.")
+    if config.policy.context_parallel > 1:
+        raise ConfigError(
+            f"policy.context_parallel={config.policy.context_parallel} is not supported yet. Use 1 and raise "
+            "policy.tensor_parallel or policy.recompute for long sequences."
+        )
+
+
+def _check_schedule(config: Config) -> None:
+    schedule = config.algorithm.schedule
+    if config.updates_per_rollout == 1 and schedule.name not in UNCLIPPED:
+        raise ConfigError(
+            f"algorithm.schedule.name={schedule.name} with one update per rollout does nothing: the ratio is then "
+            "always 1 and no token is ever clipped. Lower algorithm.prompts_per_update or raise algorithm.epochs."
+        )
+    if schedule.total_steps < config.trainer.max_steps:
+        raise ConfigError(
+            f"algorithm.schedule.total_steps={schedule.total_steps} must be at least "
+            f"trainer.max_steps={config.trainer.max_steps}: the plan would end before the run."
+        )
+    if not 0 < schedule.phase_ratio < 1:
+        raise ConfigError(f"algorithm.schedule.phase_ratio={schedule.phase_ratio} must be between 0 and 1.")
+    if schedule.name in PHASED and schedule.lower_schedule not in ("text", "printed"):
+        raise ConfigError(
+            f"algorithm.schedule.lower_schedule={schedule.lower_schedule} must be text or printed for "
+            f"{schedule.name}: the paper's formula of phase II contradicts its text (docs/equations.md)."
+        )
+    if not 0 <= schedule.entropy_ema < 1:
+        raise ConfigError(f"algorithm.schedule.entropy_ema={schedule.entropy_ema} must be in [0, 1).")
+
+
+def _nearest_divisor(total: int, wanted: int) -> int:
+    return min((d for d in range(1, total + 1) if total % d == 0), key=lambda d: abs(d - wanted))

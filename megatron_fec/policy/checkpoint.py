@@ -1,0 +1,215 @@
+"""Checkpoints: Megatron's distributed format for model and optimizer, JSON for the trainer, one file of RNGs a rank.
+
+A checkpoint is written under a temporary name and renamed when every rank has finished, so a folder named step_NNNNNN
+is whole. Nothing that is loaded is a pickle of arbitrary objects but Megatron's own common.pt inside the run folder.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.parallel_state import get_data_parallel_group
+
+from megatron_fec.config import ConfigError
+from megatron_fec.policy.step import Policy, unwrapped
+
+STEP_NAME = re.compile(r"step_(\d{6,})")
+STATE_FILE = "trainer_state.json"
+REQUIRED_FILES = (STATE_FILE, "metadata.json", "common.pt", ".metadata")
+# The sizes that a checkpoint's tensors must share with the model that reads them.
+MODEL_SIZES = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "tie_word_embeddings",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerState:
+    """What the trainer needs beside the weights to go on as if it had never stopped."""
+
+    step: int  # steps finished
+    consumed_samples: int  # prompts taken from the order
+    weight_version: int
+    schedule: dict[str, Any]  # the schedule's state_dict, with OD's mode and H_init
+
+
+def find_checkpoints(directory: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    found = [path for path in directory.glob("step_*") if STEP_NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def read_trainer_state(checkpoint: Path, *, hf_config: Any, distributed_optimizer: bool) -> TrainerState:
+    """The trainer's state, after checking that files are there and belong to this model; needs no process group."""
+    missing = [name for name in REQUIRED_FILES if not (checkpoint / name).is_file()]
+    if missing:
+        raise ConfigError(
+            f"trainer.resume: the checkpoint {checkpoint} is incomplete, {', '.join(missing)} is missing. "
+            "Remove that folder to resume from the one before it."
+        )
+    try:
+        saved = json.loads((checkpoint / STATE_FILE).read_text())
+        state = TrainerState(**saved["trainer"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"trainer.resume: {checkpoint / STATE_FILE} is not readable ({error}). "
+            "Remove that folder to resume from the one before it."
+        ) from error
+    for name, value in saved["model"].items():
+        if getattr(hf_config, name) != value:
+            raise ConfigError(
+                f"trainer.resume: the checkpoint {checkpoint} is of another model, its {name} is {value} and that of "
+                f"model.path is {getattr(hf_config, name)}. Use another trainer.run_dir or trainer.resume=never."
+            )
+    if saved["distributed_optimizer"] != distributed_optimizer:
+        raise ConfigError(
+            f"policy.distributed_optimizer={distributed_optimizer} cannot read the optimizer state of {checkpoint}, "
+            f"which was saved with {saved['distributed_optimizer']}. Set it to that value."
+        )
+    return state
+
+
+def save_checkpoint(policy: Policy, directory: Path, state: TrainerState, *, keep: int) -> Path:
+    """Writes `directory/step_NNNNNN` on all ranks, atomically, and removes all but the newest `keep`."""
+    final = directory / f"step_{state.step:06d}"
+    writing = directory / f".writing_{final.name}"
+    if dist.get_rank() == 0:
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(writing), validate_access_integrity=False)
+    torch.save(_rng_state(), writing / f"rng_{dist.get_rank():05d}.pt")
+    if dist.get_rank() == 0:
+        hf_config = policy.bridge.hf_config
+        saved = {
+            "trainer": asdict(state),
+            "model": {name: getattr(hf_config, name) for name in MODEL_SIZES},
+            "distributed_optimizer": _is_distributed(policy),
+            "world_size": dist.get_world_size(),
+        }
+        (writing / STATE_FILE).write_text(json.dumps(saved, indent=2))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        writing.rename(final)
+        for old in find_checkpoints(directory)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def load_checkpoint(policy: Policy, checkpoint: Path) -> None:
+    """Fills model, optimizer, learning-rate schedule and this rank's RNGs; the layout may differ from the saving one."""
+    _allocate_torch_adam(policy)
+    wanted = _sharded_state(policy, is_loading=True)
+    loaded = dist_checkpointing.load(wanted, str(checkpoint))
+    unwrapped(policy.model).load_state_dict(loaded["model"])
+    with _torch_adam_step():
+        policy.optimizer.load_state_dict(loaded["optimizer"])
+    _separate_torch_adam_steps(policy)
+    policy.scheduler.load_state_dict(loaded["scheduler"])
+    rng_file = checkpoint / f"rng_{dist.get_rank():05d}.pt"
+    if rng_file.is_file():  # a larger world has ranks of which none was saved; their streams are derived from seeds
+        _load_rng_state(torch.load(rng_file, weights_only=True))
+
+
+def _sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
+    # "fully_reshardable" is the one format of the distributed optimizer that other layouts can read.
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "dp_cp_group": get_data_parallel_group(with_context_parallel=True),
+    }
+    model = unwrapped(policy.model).sharded_state_dict(metadata=metadata)  # type: ignore[operator]
+    optimizer = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+    return {"model": model, "optimizer": optimizer, "scheduler": policy.scheduler.state_dict()}
+
+
+def _is_distributed(policy: Policy) -> bool:
+    return policy.model.ddp_config.use_distributed_optimizer
+
+
+def _torch_adams(policy: Policy) -> list[torch.optim.Adam]:
+    """The inner optimizers of Megatron's distributed ones, where neither Transformer Engine nor Apex gave another."""
+    chained = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
+    inner = [outer.optimizer for outer in chained if isinstance(outer, DistributedOptimizer)]
+    return [optimizer for optimizer in inner if isinstance(optimizer, torch.optim.Adam)]
+
+
+def _allocate_torch_adam(policy: Policy) -> None:
+    """Gives torch's Adam an empty state: the distributed optimizer reads its "step" before it has loaded one."""
+    for inner in _torch_adams(policy):
+        for parameter in (p for group in inner.param_groups for p in group["params"]):
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            inner.state[parameter] = moments | {"step": torch.zeros(())}
+
+
+def _separate_torch_adam_steps(policy: Policy) -> None:
+    """megatron-core gives all parameters one "step" tensor, which every one of them would then count up."""
+    for inner in _torch_adams(policy):
+        for state in inner.state.values():
+            state["step"] = state["step"].clone()
+
+
+@contextmanager
+def _torch_adam_step() -> Iterator[None]:
+    """megatron-core copies every key of the optimizer state, and torch's Adam has "step", which is not a shard.
+
+    The step stands in the parameter groups that load_state_dict has just filled.
+    """
+    original = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def with_step(self: DistributedOptimizer, model_param: torch.nn.Parameter, tensors: dict[str, Any]) -> None:
+        index, order = self.model_param_group_index_map[model_param]
+        group = self.optimizer.param_groups[index]
+        if "step" in self.optimizer.state[group["params"][order]]:
+            tensors = tensors | {"step": torch.as_tensor(group["step"])}
+        original(self, model_param, tensors)
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = with_step
+    try:
+        yield
+    finally:
+        DistributedOptimizer._set_main_param_and_optimizer_states = original
+
+
+def _rng_state() -> dict[str, Any]:
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "megatron": tensor_parallel.get_cuda_rng_tracker().get_states(),
+        "python": [version, list(words), gauss],
+        "numpy": [str(kind), torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+    }
+
+
+def _load_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["megatron"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))

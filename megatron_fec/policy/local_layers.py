@@ -1,0 +1,81 @@
+"""The two layers that megatron-core's local spec lacks: RMSNorm with sequence parallelism, attention over packed sequences.
+
+They are used only where Transformer Engine is not installed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class RMSNorm(torch.nn.Module):
+    """Root mean square norm; computed in fp32, returned in the dtype of its input."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused: Any) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # Megatron all-reduces the gradients of the parameters that carry this mark over the TP group.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * scale).to(x.dtype) * self.weight
+
+
+class PackedAttention(torch.nn.Module):
+    """Causal attention: inside each packed sequence, or over a KV cache.
+
+    Packed: query [T, heads, dim], key and value [T, groups, dim] -> [T, heads * dim].
+    Cached: query [S, batch, heads, dim], key and value [S_kv, batch, groups, dim] -> [S, batch, heads * dim].
+    heads and groups are those of this TP rank.
+    """
+
+    def __init__(self, config: TransformerConfig, *unused: Any, **also_unused: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *unused: Any,
+        packed_seq_params: PackedSeqParams | None = None,
+        **also_unused: Any,
+    ) -> Tensor:
+        if packed_seq_params is None:
+            return _cached_attention(query, key, value)
+        return _packed_attention(query, key, value, packed_seq_params)
+
+
+def _packed_attention(query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
+    """Right-pads the N sequences to [N, heads, L, dim]: under the causal mask no real token sees the padding."""
+    starts, length = packed.cu_seqlens_q[:-1].long(), packed.max_seqlen_q
+    positions = torch.arange(length, device=query.device)
+    rows = (starts[:, None] + positions).clamp_max(query.shape[0] - 1)  # [N, L]
+    is_real = positions < packed.cu_seqlens_q.diff()[:, None]
+    context = _attend(*(x[rows].transpose(1, 2) for x in (query, key, value)), is_causal=True)
+    return context.transpose(1, 2)[is_real].flatten(1)
+
+
+def _cached_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """A query of one token sees the whole cache; a longer one is a prefill from position 0."""
+    assert query.shape[0] in (1, key.shape[0])
+    context = _attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), is_causal=query.shape[0] > 1)
+    return context.permute(2, 0, 1, 3).flatten(2)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool) -> Tensor:
+    """[batch, heads, length, dim]; each key and value head serves heads / groups query heads."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    return scaled_dot_product_attention(query, key, value, is_causal=is_causal)

@@ -1,0 +1,204 @@
+"""The policy network: megatron-core's GPTModel of a Hugging Face checkpoint, whose loss hook returns TokenStats."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+from mbridge.core.llm_bridge import LLMBridge
+from mbridge.models.llama import LLaMABridge
+from mbridge.models.qwen2 import Qwen2Bridge
+from mbridge.models.qwen3 import Qwen3Bridge
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.parallel_state import is_pipeline_first_stage
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from megatron_fec.config import ConfigError, PolicyConfig
+from megatron_fec.policy.device import device
+from megatron_fec.policy.local_layers import PackedAttention, RMSNorm
+from megatron_fec.policy.parallel import ParallelLayout
+from megatron_fec.types import MicroBatch, TokenStats
+from megatron_fec.vocab_parallel.token_stats import token_stats
+
+try:
+    import transformer_engine  # noqa: F401
+
+    HAS_TRANSFORMER_ENGINE = True
+except ImportError:
+    HAS_TRANSFORMER_ENGINE = False
+
+logger = logging.getLogger(__name__)
+
+BRIDGES: dict[str, type[LLMBridge]] = {"qwen2": Qwen2Bridge, "qwen3": Qwen3Bridge, "llama": LLaMABridge}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+VOCAB_MULTIPLE = 64  # columns of a vocabulary shard are a multiple of this; the rest is padding, masked everywhere
+# Where Transformer Engine is absent the norms are modules of their own, which mbridge must be told.
+LOCAL_INPUT_NORM = {"input_layernorm.weight": ["model.layers.{layer_number}.input_layernorm.weight"]}
+LOCAL_MLP_NORM = {"pre_mlp_layernorm.weight": ["model.layers.{layer_number}.post_attention_layernorm.weight"]}
+
+
+class PolicyModel(GPTModel):
+    """GPTModel whose loss hook returns the statistics of the local vocabulary shard instead of a cross entropy.
+
+    The hook sees the logits in the model's dtype, before Megatron's copy to fp32.
+    """
+
+    true_vocab_size: int
+    temperature: float
+    tensor_group: Any
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> TokenStats:  # type: ignore[override]
+        """labels [1, T], logits [T, 1, V_local] -> [T] statistics, on the last stage, equal on all TP ranks."""
+        return token_stats(
+            logits.squeeze(1),
+            labels.squeeze(0),
+            group=self.tensor_group,
+            vocab_size=self.true_vocab_size,
+            temperature=self.temperature,
+            reuse_logits=True,  # they belong to this forward alone
+        )
+
+
+def load_hf_config(path: str) -> PretrainedConfig:
+    """The checkpoint's configuration, of an architecture that is supported here."""
+    try:
+        hf_config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.path={path} holds no readable Hugging Face checkpoint: {str(error).splitlines()[0]} "
+            "Give a folder with config.json and *.safetensors, or a hub name that this machine can reach."
+        ) from error
+    if hf_config.model_type not in BRIDGES:
+        raise ConfigError(
+            f"model.path={path} is a {hf_config.model_type} model; supported are {', '.join(BRIDGES)}."
+        )
+    return hf_config
+
+
+def build_bridge(hf_config: PretrainedConfig, policy: PolicyConfig) -> LLMBridge:
+    """The mbridge of this architecture, with Megatron's configuration of this layout in `bridge.config`."""
+    hf_config.rope_theta = rope_parameters(hf_config)["rope_theta"]  # mbridge reads the name of transformers 4
+    base = BRIDGES[hf_config.model_type]
+    # A class of our own: mbridge edits the mapping of a tied model in place, on the class.
+    own = type(base.__name__, (base,), {"_DIRECT_MAPPING": dict(base._DIRECT_MAPPING)})
+    if not HAS_TRANSFORMER_ENGINE:
+        own._OTHER_MAPPING = LOCAL_INPUT_NORM
+        own._MLP_MAPPING = base._MLP_MAPPING | LOCAL_MLP_NORM
+    bridge = own(
+        hf_config,
+        dtype=DTYPES[policy.precision],
+        make_vocab_size_divisible_by=VOCAB_MULTIPLE * policy.tensor_parallel,
+    )
+    bridge.vocab_size = hf_config.vocab_size
+    multiple = bridge.make_vocab_size_divisible_by
+    bridge.padded_vocab_size = math.ceil(hf_config.vocab_size / multiple) * multiple
+    bridge.set_extra_args(**_megatron_settings(policy))
+    return bridge
+
+
+def build_model(
+    bridge: LLMBridge, layout: ParallelLayout, *, temperature: float
+) -> tuple[torch.nn.Module, TransformerConfig]:
+    """This rank's stage and shard, weights not loaded; wrapped for bf16 where that is the precision."""
+    config: TransformerConfig = bridge.config
+    hf_config = bridge.hf_config
+    model = PolicyModel(
+        config=config,
+        transformer_layer_spec=_block_spec(config),
+        vocab_size=bridge.padded_vocab_size,
+        max_sequence_length=hf_config.max_position_embeddings,
+        pre_process=is_pipeline_first_stage(),
+        post_process=layout.is_last_stage,
+        share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+        position_embedding_type="rope",
+        **_rope_arguments(hf_config),
+    )
+    model.true_vocab_size = hf_config.vocab_size
+    model.temperature = temperature
+    model.tensor_group = layout.tensor_group
+    model.to(device())
+    return (Float16Module(config, model) if config.bf16 else model), config
+
+
+def forward(model: torch.nn.Module, micro_batch: MicroBatch) -> TokenStats | Tensor:
+    """TokenStats on the last stage, hidden states [T, 1, hidden] on the others."""
+    cu_seqlens = micro_batch.cu_seqlens
+    return model(
+        input_ids=micro_batch.tokens.unsqueeze(0),
+        position_ids=micro_batch.position_ids.unsqueeze(0),
+        attention_mask=None,
+        labels=micro_batch.labels.unsqueeze(0),
+        packed_seq_params=PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=micro_batch.max_seqlen,
+            max_seqlen_kv=micro_batch.max_seqlen,
+        ),
+    )
+
+
+def rope_parameters(hf_config: PretrainedConfig) -> dict[str, Any]:
+    """RoPE settings under one name: transformers 5 keeps them in rope_parameters, 4 in rope_theta and rope_scaling."""
+    found = dict(getattr(hf_config, "rope_parameters", None) or {})
+    if not found:
+        found = {"rope_theta": hf_config.rope_theta, **(getattr(hf_config, "rope_scaling", None) or {})}
+    return found
+
+
+def _rope_arguments(hf_config: PretrainedConfig) -> dict[str, Any]:
+    rope = rope_parameters(hf_config)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return {"rotary_base": rope["rope_theta"]}
+    if kind == "linear":
+        return {"rotary_base": rope["rope_theta"], "seq_len_interpolation_factor": rope["factor"]}
+    # Megatron's rope_scaling is Llama 3's, with these three numbers fixed in its code.
+    fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    if kind == "llama3" and all(rope[key] == value for key, value in fixed.items()):
+        return {"rotary_base": rope["rope_theta"], "rope_scaling": True, "rope_scaling_factor": rope["factor"]}
+    raise ConfigError(f"the checkpoint's rope_parameters={rope} are not supported; use default, linear or llama3.")
+
+
+def _megatron_settings(policy: PolicyConfig) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "sequence_parallel": policy.sequence_parallel,
+        "calculate_per_token_loss": True,  # gradients are divided once, by the count over all ranks
+        "variable_seq_lengths": False,  # packing gives all micro-batches of an update one length
+        "masked_softmax_fusion": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+    }
+    if policy.recompute == "full":
+        settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif policy.recompute == "selective":
+        settings |= {"recompute_granularity": "selective"}
+    return settings
+
+
+def _block_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+    """Transformer Engine's layers where they can run, else the local ones with our norm and attention."""
+    if HAS_TRANSFORMER_ENGINE and torch.cuda.is_available():
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    layer = spec.submodules
+    layer.input_layernorm = RMSNorm
+    layer.pre_mlp_layernorm = RMSNorm
+    attention = layer.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = RMSNorm
+        attention.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)

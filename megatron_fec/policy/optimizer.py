@@ -1,0 +1,65 @@
+"""Megatron's DDP, optimizer and learning-rate schedule for the policy."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer import TransformerConfig
+
+from megatron_fec.config import OptimizerConfig, PolicyConfig
+
+CONSTANT_STEPS = 2**31  # a decay that never arrives: megatron's constant schedule still asks for its length
+
+
+def wrap_ddp(model: torch.nn.Module, config: TransformerConfig, policy: PolicyConfig) -> DistributedDataParallel:
+    """Megatron's DDP; gradients are summed in fp32 over DP x CP and divided by the global count in finalize."""
+    wrapped = DistributedDataParallel(
+        config=config,
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=policy.distributed_optimizer,
+            overlap_grad_reduce=False,
+        ),
+        module=model,
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    config.no_sync_func = wrapped.no_sync
+    return wrapped
+
+
+def build_optimizer(
+    model: DistributedDataParallel, policy: PolicyConfig, settings: OptimizerConfig, *, total_steps: int
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """AdamW with fp32 master weights, and its schedule in steps (rollouts), of which step 0 is the first to count."""
+    is_bf16 = policy.precision == "bf16"
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=0.0,
+            weight_decay=settings.weight_decay,
+            bf16=is_bf16,
+            params_dtype=torch.bfloat16 if is_bf16 else torch.float32,
+            use_distributed_optimizer=policy.distributed_optimizer,
+            clip_grad=settings.clip_grad,
+        ),
+        [model],
+    )
+    is_cosine = settings.lr_schedule == "cosine"
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=0.0,
+        lr_warmup_steps=settings.warmup_steps,
+        lr_decay_steps=max(total_steps, settings.warmup_steps + 1) if is_cosine else CONSTANT_STEPS,
+        lr_decay_style="cosine" if is_cosine else "constant",
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=CONSTANT_STEPS,
+        wd_incr_style="constant",
+    )
+    return optimizer, scheduler

@@ -1,0 +1,90 @@
+"""Process groups of the layout, and the rules that tie a checkpoint's sizes to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_fec.config import ConfigError, PolicyConfig
+from megatron_fec.policy.device import backend, prepare_device
+
+COLLECTIVE_DEADLINE = timedelta(minutes=30)  # a rank that waits longer names the collective and stops
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelLayout:
+    """This rank's place; groups are torch ProcessGroups."""
+
+    tensor_parallel: int
+    pipeline_parallel: int
+    data_parallel: int
+    data_parallel_rank: int
+    tensor_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
+    is_last_stage: bool
+
+    @property
+    def reports_metrics(self) -> bool:
+        """True on one rank per data-parallel rank: what these ranks hold, added up, is the whole batch."""
+        return self.is_last_stage and dist.get_rank(self.tensor_group) == 0
+
+
+def initialize_parallel(policy: PolicyConfig, *, seed: int) -> ParallelLayout:
+    """Process groups over the world that torchrun made; callable once per process."""
+    prepare_device()
+    if not dist.is_initialized():
+        dist.init_process_group(backend(), timeout=COLLECTIVE_DEADLINE)
+    check_world(policy, world_size=dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=policy.tensor_parallel,
+        pipeline_model_parallel_size=policy.pipeline_parallel,
+        context_parallel_size=policy.context_parallel,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return ParallelLayout(
+        tensor_parallel=policy.tensor_parallel,
+        pipeline_parallel=policy.pipeline_parallel,
+        data_parallel=parallel_state.get_data_parallel_world_size(),
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        data_group=parallel_state.get_data_parallel_group(),
+        is_last_stage=parallel_state.is_pipeline_last_stage(),
+    )
+
+
+def check_world(policy: PolicyConfig, *, world_size: int) -> None:
+    """The layout must fill the world."""
+    model_size = policy.tensor_parallel * policy.pipeline_parallel * policy.context_parallel
+    if world_size % model_size:
+        raise ConfigError(
+            f"policy.tensor_parallel={policy.tensor_parallel} x policy.pipeline_parallel={policy.pipeline_parallel} "
+            f"x policy.context_parallel={policy.context_parallel} = {model_size} must divide the {world_size} "
+            f"processes of this run. Start a multiple of {model_size} or shrink the layout."
+        )
+
+
+def check_model_sizes(hf_config: Any, policy: PolicyConfig) -> None:
+    """Heads, key-value heads, feed-forward width and layers must divide; needs only the checkpoint's config.json."""
+    tp, pp = policy.tensor_parallel, policy.pipeline_parallel
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_size"):
+        size = getattr(hf_config, name)
+        if size % tp:
+            raise ConfigError(
+                f"policy.tensor_parallel={tp} must divide the checkpoint's {name}={size}. "
+                f"Use one of {_divisors(size, limit=8)}."
+            )
+    if hf_config.num_hidden_layers % pp:
+        raise ConfigError(
+            f"policy.pipeline_parallel={pp} must divide the checkpoint's num_hidden_layers="
+            f"{hf_config.num_hidden_layers}. Use one of {_divisors(hf_config.num_hidden_layers, limit=8)}."
+        )
+
+
+def _divisors(size: int, *, limit: int) -> str:
+    return ", ".join(str(d) for d in range(1, limit + 1) if size % d == 0)

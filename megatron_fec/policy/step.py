@@ -1,0 +1,211 @@
+"""One pass over micro-batches through Megatron's schedules: log-probs before training, and the training update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from mbridge.core.llm_bridge import LLMBridge
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_fec.config import OptimizerConfig, PolicyConfig
+from megatron_fec.metrics import MetricSums
+from megatron_fec.policy.model import build_bridge, build_model, forward, load_hf_config
+from megatron_fec.policy.optimizer import build_optimizer, wrap_ddp
+from megatron_fec.policy.parallel import ParallelLayout, check_model_sizes
+from megatron_fec.types import LossOutput, MicroBatch, TokenStats
+
+TokenLoss = Callable[[TokenStats, MicroBatch], LossOutput]
+
+
+@dataclass(slots=True, kw_only=True)
+class Policy:
+    """The model, its optimizer and what is needed to run them; every rank holds one."""
+
+    model: DistributedDataParallel
+    bridge: LLMBridge
+    layout: ParallelLayout
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    clip_grad: float
+
+
+def build_policy(
+    model_path: str,
+    policy: PolicyConfig,
+    optimizer: OptimizerConfig,
+    *,
+    layout: ParallelLayout,
+    temperature: float,
+    total_steps: int,
+) -> Policy:
+    """The policy of a Hugging Face checkpoint on this layout, weights loaded, ready to train."""
+    hf_config = load_hf_config(model_path)
+    check_model_sizes(hf_config, policy)
+    bridge = build_bridge(hf_config, policy)
+    model, megatron_config = build_model(bridge, layout, temperature=temperature)
+    inner = model.module if hasattr(model, "module") else model
+    bridge.load_weights([inner], model_path)
+    wrapped = wrap_ddp(model, megatron_config, policy)
+    built, scheduler = build_optimizer(wrapped, policy, optimizer, total_steps=total_steps)
+    return Policy(
+        model=wrapped,
+        bridge=bridge,
+        layout=layout,
+        optimizer=built,
+        scheduler=scheduler,
+        clip_grad=optimizer.clip_grad,
+    )
+
+
+def compute_logprobs(
+    policy: Policy, updates: Sequence[Sequence[MicroBatch]]
+) -> tuple[list[list[MicroBatch]], MetricSums]:
+    """The micro-batches with old_logprobs filled, and the sums of entropy and of |trainer - engine| log-prob.
+
+    Forward only, through the kernel of training, so that the first update's ratio is exactly 1. The sums are those of
+    the whole batch, equal on every rank. Off the last pipeline stage the micro-batches come back unchanged.
+    """
+    policy.model.eval()
+    filled: list[list[MicroBatch]] = []
+    sums: list[MetricSums] = []
+    for micro_batches in updates:
+        stats = _run(policy, micro_batches, _keep_stats, forward_only=True)
+        if not stats:
+            filled.append(list(micro_batches))
+            continue
+        pairs = list(zip(micro_batches, stats, strict=True))
+        filled.append([replace(mb, old_logprobs=kept.logprobs) for mb, kept in pairs])
+        sums += [_on_policy_sums(mb, kept) for mb, kept in pairs]
+    policy.model.train()
+    return filled, reduce_metrics(sums, policy.layout)
+
+
+def train_update(
+    policy: Policy, micro_batches: Sequence[MicroBatch], token_loss: TokenLoss
+) -> tuple[list[MetricSums], float]:
+    """One optimizer step. Returns this rank's metric sums (empty off the last stage) and the gradient norm.
+
+    The loss sum over all tokens of all ranks is divided once, by the all-reduced count, in Megatron's finalize step.
+    A gradient that is not finite raises RuntimeError on every rank before the optimizer moves.
+    """
+    policy.model.train()
+    policy.model.zero_grad_buffer()
+    policy.optimizer.zero_grad()
+    metrics = _run(policy, micro_batches, partial(_loss, token_loss), forward_only=False)
+    policy.optimizer.prepare_grads()
+    grad_norm = float(policy.optimizer.clip_grad_norm(policy.clip_grad))
+    if not math.isfinite(grad_norm):
+        raise RuntimeError(f"the gradient norm is {grad_norm}: {_first_nonfinite(policy, metrics)}")
+    policy.optimizer.step_with_ready_grads()
+    return metrics, grad_norm
+
+
+def reduce_metrics(sums: Sequence[MetricSums], layout: ParallelLayout) -> MetricSums:
+    """The sum over micro-batches and ranks, the same bits on every rank; only last-stage ranks bring any.
+
+    Reduced over the data-parallel group, then broadcast from one rank, so that all take the same decision from it.
+    """
+    total: MetricSums | None = None
+    if layout.is_last_stage:
+        total = sum(sums[1:], sums[0])
+        flat = total.flat()
+        dist.all_reduce(flat, group=layout.data_group)
+        total = total.replaced(flat.cpu())
+    # Pipeline stages are the slowest axis of the ranks, so the last stage starts here.
+    source = dist.get_world_size() // layout.pipeline_parallel * (layout.pipeline_parallel - 1)
+    box = [total]
+    dist.broadcast_object_list(box, src=source)
+    assert box[0] is not None
+    return box[0]
+
+
+def hf_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """(name, full tensor) of the Hugging Face checkpoint, gathered over TP and PP; every rank must iterate it all.
+
+    A tied model also yields lm_head.weight: an engine may keep its own copy of it.
+    """
+    is_tied = policy.bridge.hf_config.tie_word_embeddings
+    for name, tensor in policy.bridge.export_weights([unwrapped(policy.model)]):
+        yield name, tensor.detach()
+        if is_tied and name == "model.embed_tokens.weight":
+            yield "lm_head.weight", tensor.detach()
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The GPTModel below DDP and the bf16 wrapper."""
+    while hasattr(model, "module"):
+        model = model.module  # type: ignore[assignment]
+    return model
+
+
+def _run(policy: Policy, micro_batches: Sequence[MicroBatch], use: Callable, *, forward_only: bool) -> list:
+    """Megatron's schedule over the micro-batches; what `use` returned third, per micro-batch, on the last stage."""
+
+    def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple:
+        micro_batch = next(iterator)
+        return forward(model, micro_batch), partial(use, micro_batch)
+
+    lengths = {micro_batch.tokens.numel() for micro_batch in micro_batches}
+    assert len(lengths) == 1, "the pipeline schedule sends tensors of one length"
+    with torch.set_grad_enabled(not forward_only):
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=[policy.model],
+            num_microbatches=len(micro_batches),
+            seq_length=lengths.pop(),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+
+def _keep_stats(micro_batch: MicroBatch, stats: TokenStats) -> tuple[Tensor, Tensor, TokenStats]:
+    nothing = torch.zeros((), dtype=torch.int, device=stats.logprobs.device)
+    return stats.logprobs.sum(), nothing, stats
+
+
+def _loss(token_loss: TokenLoss, micro_batch: MicroBatch, stats: TokenStats) -> tuple[Tensor, Tensor, MetricSums]:
+    out = token_loss(stats, micro_batch)
+    return out.loss_sum, out.count.int(), out.metrics
+
+
+def _on_policy_sums(micro_batch: MicroBatch, stats: TokenStats) -> MetricSums:
+    mask = micro_batch.response_mask
+    count = mask.sum()
+    mismatch = (stats.logprobs - micro_batch.rollout_logprobs)[mask]
+    return MetricSums.of(
+        {
+            "entropy": (stats.entropy[mask].double().sum(), count),
+            "mismatch": (mismatch.double().abs().sum(), count),
+            "logprob": (stats.logprobs[mask].double().sum(), count),
+        }
+    )
+
+
+def _first_nonfinite(policy: Policy, metrics: Sequence[MetricSums]) -> str:
+    """Names the first rank and tensor with a value that is not finite; every rank calls it."""
+    found = None
+    bad_metrics = [name for m in metrics for name, row in zip(m.names, m.sums, strict=True) if not row.isfinite().all()]
+    if bad_metrics:
+        found = f"metric {bad_metrics[0]} of the loss"
+    else:
+        for name, parameter in policy.model.named_parameters():
+            gradient = getattr(parameter, "main_grad", None)
+            if gradient is not None and not gradient.isfinite().all():
+                found = f"gradient of {name}"
+                break
+    everyone: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, found)
+    # A loss goes bad on the rank that computes it; gradients then spread it everywhere.
+    causes = [(rank, text) for rank, text in enumerate(everyone) if text]
+    causes.sort(key=lambda cause: not cause[1].startswith("metric"))
+    return f"first on rank {causes[0][0]}, {causes[0][1]}." if causes else "no rank holds the cause."
