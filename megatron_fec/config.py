@@ -16,7 +16,9 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    path: str = MISSING  # Hugging Face checkpoint: a folder or a hub name; "embedded" makes a small random Qwen2
+    path: str = (
+        MISSING  # Hugging Face checkpoint: a folder or a hub name; "embedded" makes a small random Qwen2
+    )
 
 
 @dataclass(kw_only=True)
@@ -54,7 +56,9 @@ class ScheduleConfig:
     name: str = MISSING  # key of algorithm.schedules.SCHEDULES
     total_steps: int = MISSING  # T of the formulas; may exceed trainer.max_steps, never the reverse
     phase_ratio: float = 0.5  # id, did: the turn is at phase_ratio * T
-    lower_schedule: str | None = None  # id, did (required there): text | printed, the two readings of phase II
+    lower_schedule: str | None = (
+        None  # id, did (required there): text | printed, the two readings of phase II
+    )
     h_init: float | None = None  # od: entropy at the start; null measures it at step 0
     h_min_ratio: float = 0.2  # od: H_min = h_min_ratio * H_init
     h_min: float | None = None  # od: replaces h_min_ratio * H_init
@@ -70,7 +74,7 @@ class AlgorithmConfig:
     dual_clip: float | None = 3.0  # null is off; verl's 3.0 is always on there
     log_ratio_clamp: float = 20.0
     advantage_delta: float = 1e-6  # added to the group's standard deviation
-    prompts_per_update: int = MISSING  # mini-batch of one optimizer step, in prompts
+    prompts_per_update: int = MISSING  # size of one optimizer step's mini-batch, in prompts
     epochs: int = 1  # passes over one rollout
 
 
@@ -212,13 +216,17 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
             typed = OmegaConf.merge(typed, layer)
         for override in overrides:
             if "=" not in override:
-                raise ConfigError(f"override {override!r} must have the form key=value, such as trainer.max_steps=4.")
+                raise ConfigError(
+                    f"override {override!r} must have the form key=value, such as trainer.max_steps=4."
+                )
             typed = OmegaConf.merge(typed, OmegaConf.from_dotlist([override]))
         config = OmegaConf.to_object(typed)
     except ConfigKeyError as error:
         raise ConfigError(_unknown_key(str(error.full_key), path)) from error
     except MissingMandatoryValue as error:
-        raise ConfigError(f"{error.full_key} is required; set it in {path} or as {error.full_key}=VALUE.") from error
+        raise ConfigError(
+            f"{error.full_key} is required; set it in {path} or as {error.full_key}=VALUE."
+        ) from error
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "a value"
         raise ConfigError(f"{key} in {path}: {str(error).splitlines()[0]}.") from error
@@ -299,7 +307,9 @@ def _check_ranges(config: Config) -> None:
         if not 0 < _get(config, key) <= 1:
             raise ConfigError(f"{key}={_get(config, key)} must be in (0, 1].")
     if config.algorithm.dual_clip is not None and config.algorithm.dual_clip <= 1:
-        raise ConfigError(f"algorithm.dual_clip={config.algorithm.dual_clip} must be greater than 1, or null for off.")
+        raise ConfigError(
+            f"algorithm.dual_clip={config.algorithm.dual_clip} must be greater than 1, or null for off."
+        )
     lines = config.algorithm.thresholds
     for key, line, limit in (("upper", lines.upper, float("inf")), ("lower", lines.lower, 1.0)):
         if len(line) != 2:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,17 +21,28 @@ class MetricSums:
     histograms: Tensor  # [H, HISTOGRAM_BINS] fp64 counts
 
     @staticmethod
-    def of(pairs: Mapping[str, tuple[Tensor, Tensor]], histograms: Mapping[str, Tensor] | None = None) -> MetricSums:
+    def of(
+        pairs: Mapping[str, tuple[Tensor, Tensor]], histograms: Mapping[str, Tensor] | None = None
+    ) -> MetricSums:
         """From scalar (sum, count) pairs; detached. Each histogram entry is a [M] tensor of values to be counted."""
         histograms = histograms or {}
-        sums = torch.stack([torch.stack([s.detach().double(), n.detach().double()]) for s, n in pairs.values()])
-        counts = [torch.histc(v.detach().float(), HISTOGRAM_BINS, 0.0, 1.0).double() for v in histograms.values()]
+        sums = torch.stack(
+            [torch.stack([s.detach().double(), n.detach().double()]) for s, n in pairs.values()]
+        )
+        counts = [
+            torch.histc(v.detach().float(), HISTOGRAM_BINS, 0.0, 1.0).double() for v in histograms.values()
+        ]
         return MetricSums(
             names=tuple(pairs),
             sums=sums,
             histogram_names=tuple(histograms),
             histograms=torch.stack(counts) if counts else sums.new_zeros(0, HISTOGRAM_BINS),
         )
+
+    def with_pair(self, name: str, pair: tuple[Tensor, Tensor]) -> MetricSums:
+        """One more (sum, count), in front."""
+        row = torch.stack([value.detach().double() for value in pair])
+        return replace(self, names=(name, *self.names), sums=torch.cat([row.unsqueeze(0), self.sums]))
 
     def __add__(self, other: MetricSums) -> MetricSums:
         assert self.names == other.names and self.histogram_names == other.histogram_names

@@ -60,11 +60,13 @@ class MicroBatch:
     position_ids: Tensor  # [T] int64, restarting at 0 in each sequence
     cu_seqlens: Tensor  # [N + 1] int32, starts of the sequences, then T
     max_seqlen: int
-    sequence_ids: Tensor  # [T] int64, number of the sample inside the whole update, -1 on padding
+    sequence_ids: Tensor  # [T] int64, number of the sample inside the whole step, -1 on padding
     response_mask: Tensor  # [T] bool, True where labels[t] was sampled by the policy
     advantages: Tensor  # [T] fp32, 0 outside the response
     rollout_logprobs: Tensor  # [T] fp32, the engine's, 0 outside the response
-    old_logprobs: Tensor | None = None  # [T] fp32, by the trainer before the first update; last pipeline stage only
+    old_logprobs: Tensor | None = (
+        None  # [T] fp32, by the trainer before the first update; last pipeline stage only
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +76,9 @@ class TokenStats:
     logprobs: Tensor  # [T] log p(labels[t]), 0 where labels[t] is -100; differentiable
     entropy: Tensor  # [T] nats over the true vocabulary; differentiable
     sum_p2: Tensor | None = None  # [T] sum of p^2
-    baseline: Tensor | None = None  # [T] B = sum of p^2 (ln p + H), section 3 of the paper with the dropped term
+    baseline: Tensor | None = (
+        None  # [T] B = sum of p^2 (ln p + H), section 3 of the paper with the dropped term
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

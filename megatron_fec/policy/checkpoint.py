@@ -96,7 +96,9 @@ def save_checkpoint(policy: Policy, directory: Path, state: TrainerState, *, kee
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(writing), validate_access_integrity=False)
+    dist_checkpointing.save(
+        _sharded_state(policy, is_loading=False), str(writing), validate_access_integrity=False
+    )
     torch.save(_rng_state(), writing / f"rng_{dist.get_rank():05d}.pt")
     if dist.get_rank() == 0:
         hf_config = policy.bridge.hf_config
@@ -128,17 +130,30 @@ def load_checkpoint(policy: Policy, checkpoint: Path) -> None:
     _separate_torch_adam_steps(policy)
     policy.scheduler.load_state_dict(loaded["scheduler"])
     rng_file = checkpoint / f"rng_{dist.get_rank():05d}.pt"
-    if rng_file.is_file():  # a larger world has ranks of which none was saved; their streams are derived from seeds
+    if (
+        rng_file.is_file()
+    ):  # a larger world has ranks of which none was saved; their streams are derived from seeds
         _load_rng_state(torch.load(rng_file, weights_only=True))
 
 
-def _sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
+def load_model_only(policy: Policy, checkpoint: Path) -> None:
+    """Fills the model and nothing else, in any layout."""
+    model = unwrapped(policy.model)
+    wanted = {"model": model.sharded_state_dict(metadata=_sharding_metadata())}  # type: ignore[operator]
+    model.load_state_dict(dist_checkpointing.load(wanted, str(checkpoint))["model"])
+
+
+def _sharding_metadata() -> dict[str, Any]:
     # "fully_reshardable" is the one format of the distributed optimizer that other layouts can read.
-    metadata = {
+    return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "dp_cp_group": get_data_parallel_group(with_context_parallel=True),
     }
+
+
+def _sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
+    metadata = _sharding_metadata()
     model = unwrapped(policy.model).sharded_state_dict(metadata=metadata)  # type: ignore[operator]
     optimizer = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return {"model": model, "optimizer": optimizer, "scheduler": policy.scheduler.state_dict()}
@@ -178,7 +193,9 @@ def _torch_adam_step() -> Iterator[None]:
     """
     original = DistributedOptimizer._set_main_param_and_optimizer_states
 
-    def with_step(self: DistributedOptimizer, model_param: torch.nn.Parameter, tensors: dict[str, Any]) -> None:
+    def with_step(
+        self: DistributedOptimizer, model_param: torch.nn.Parameter, tensors: dict[str, Any]
+    ) -> None:
         index, order = self.model_param_group_index_map[model_param]
         group = self.optimizer.param_groups[index]
         if "step" in self.optimizer.state[group["params"][order]]:

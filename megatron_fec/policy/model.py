@@ -43,7 +43,9 @@ logger = logging.getLogger(__name__)
 
 BRIDGES: dict[str, type[LLMBridge]] = {"qwen2": Qwen2Bridge, "qwen3": Qwen3Bridge, "llama": LLaMABridge}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-VOCAB_MULTIPLE = 64  # columns of a vocabulary shard are a multiple of this; the rest is padding, masked everywhere
+VOCAB_MULTIPLE = (
+    64  # columns of a vocabulary shard are a multiple of this; the rest is padding, masked everywhere
+)
 # Where Transformer Engine is absent the norms are modules of their own, which mbridge must be told.
 LOCAL_INPUT_NORM = {"input_layernorm.weight": ["model.layers.{layer_number}.input_layernorm.weight"]}
 LOCAL_MLP_NORM = {"pre_mlp_layernorm.weight": ["model.layers.{layer_number}.post_attention_layernorm.weight"]}
@@ -89,7 +91,9 @@ def load_hf_config(path: str) -> PretrainedConfig:
 
 def build_bridge(hf_config: PretrainedConfig, policy: PolicyConfig) -> LLMBridge:
     """The mbridge of this architecture, with Megatron's configuration of this layout in `bridge.config`."""
-    hf_config.rope_theta = rope_parameters(hf_config)["rope_theta"]  # mbridge reads the name of transformers 4
+    hf_config.rope_theta = rope_parameters(hf_config)[
+        "rope_theta"
+    ]  # mbridge reads the name of transformers 4
     base = BRIDGES[hf_config.model_type]
     # A class of our own: mbridge edits the mapping of a tied model in place, on the class.
     own = type(base.__name__, (base,), {"_DIRECT_MAPPING": dict(base._DIRECT_MAPPING)})
@@ -109,9 +113,12 @@ def build_bridge(hf_config: PretrainedConfig, policy: PolicyConfig) -> LLMBridge
 
 
 def build_model(
-    bridge: LLMBridge, layout: ParallelLayout, *, temperature: float
+    bridge: LLMBridge, layout: ParallelLayout, *, temperature: float, vocab_size: int
 ) -> tuple[torch.nn.Module, TransformerConfig]:
-    """This rank's stage and shard, weights not loaded; wrapped for bf16 where that is the precision."""
+    """This rank's stage and shard, weights not loaded; wrapped for bf16 where that is the precision.
+
+    vocab_size: ids with a token; the checkpoint's other rows are padding.
+    """
     config: TransformerConfig = bridge.config
     hf_config = bridge.hf_config
     model = PolicyModel(
@@ -125,7 +132,7 @@ def build_model(
         position_embedding_type="rope",
         **_rope_arguments(hf_config),
     )
-    model.true_vocab_size = hf_config.vocab_size
+    model.true_vocab_size = min(vocab_size, hf_config.vocab_size)
     model.temperature = temperature
     model.tensor_group = layout.tensor_group
     model.to(device())
@@ -168,8 +175,14 @@ def _rope_arguments(hf_config: PretrainedConfig) -> dict[str, Any]:
     # Megatron's rope_scaling is Llama 3's, with these three numbers fixed in its code.
     fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     if kind == "llama3" and all(rope[key] == value for key, value in fixed.items()):
-        return {"rotary_base": rope["rope_theta"], "rope_scaling": True, "rope_scaling_factor": rope["factor"]}
-    raise ConfigError(f"the checkpoint's rope_parameters={rope} are not supported; use default, linear or llama3.")
+        return {
+            "rotary_base": rope["rope_theta"],
+            "rope_scaling": True,
+            "rope_scaling_factor": rope["factor"],
+        }
+    raise ConfigError(
+        f"the checkpoint's rope_parameters={rope} are not supported; use default, linear or llama3."
+    )
 
 
 def _megatron_settings(policy: PolicyConfig) -> dict[str, Any]:
@@ -182,7 +195,11 @@ def _megatron_settings(policy: PolicyConfig) -> dict[str, Any]:
         "hidden_dropout": 0.0,
     }
     if policy.recompute == "full":
-        settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        settings |= {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
     elif policy.recompute == "selective":
         settings |= {"recompute_granularity": "selective"}
     return settings
@@ -201,4 +218,6 @@ def _block_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmo
     if config.qk_layernorm:
         attention.q_layernorm = RMSNorm
         attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm
+    )

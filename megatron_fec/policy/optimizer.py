@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -14,7 +18,9 @@ from megatron_fec.config import OptimizerConfig, PolicyConfig
 CONSTANT_STEPS = 2**31  # a decay that never arrives: megatron's constant schedule still asks for its length
 
 
-def wrap_ddp(model: torch.nn.Module, config: TransformerConfig, policy: PolicyConfig) -> DistributedDataParallel:
+def wrap_ddp(
+    model: torch.nn.Module, config: TransformerConfig, policy: PolicyConfig
+) -> DistributedDataParallel:
     """Megatron's DDP; gradients are summed in fp32 over DP x CP and divided by the global count in finalize."""
     wrapped = DistributedDataParallel(
         config=config,

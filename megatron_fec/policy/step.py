@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_fec.config import OptimizerConfig, PolicyConfig
 from megatron_fec.metrics import MetricSums
+from megatron_fec.policy.device import device
 from megatron_fec.policy.model import build_bridge, build_model, forward, load_hf_config
 from megatron_fec.policy.optimizer import build_optimizer, wrap_ddp
 from megatron_fec.policy.parallel import ParallelLayout, check_model_sizes
@@ -46,12 +47,13 @@ def build_policy(
     layout: ParallelLayout,
     temperature: float,
     total_steps: int,
+    vocab_size: int,
 ) -> Policy:
     """The policy of a Hugging Face checkpoint on this layout, weights loaded, ready to train."""
     hf_config = load_hf_config(model_path)
     check_model_sizes(hf_config, policy)
     bridge = build_bridge(hf_config, policy)
-    model, megatron_config = build_model(bridge, layout, temperature=temperature)
+    model, megatron_config = build_model(bridge, layout, temperature=temperature, vocab_size=vocab_size)
     inner = model.module if hasattr(model, "module") else model
     bridge.load_weights([inner], model_path)
     wrapped = wrap_ddp(model, megatron_config, policy)
@@ -77,10 +79,11 @@ def compute_logprobs(
     policy.model.eval()
     filled: list[list[MicroBatch]] = []
     sums: list[MetricSums] = []
-    for micro_batches in updates:
+    for on_host in updates:
+        micro_batches = [_on_device(micro_batch) for micro_batch in on_host]
         stats = _run(policy, micro_batches, _keep_stats, forward_only=True)
         if not stats:
-            filled.append(list(micro_batches))
+            filled.append(micro_batches)
             continue
         pairs = list(zip(micro_batches, stats, strict=True))
         filled.append([replace(mb, old_logprobs=kept.logprobs) for mb, kept in pairs])
@@ -97,6 +100,7 @@ def train_update(
     The loss sum over all tokens of all ranks is divided once, by the all-reduced count, in Megatron's finalize step.
     A gradient that is not finite raises RuntimeError on every rank before the optimizer moves.
     """
+    micro_batches = [_on_device(micro_batch) for micro_batch in micro_batches]
     policy.model.train()
     policy.model.zero_grad_buffer()
     policy.optimizer.zero_grad()
@@ -128,18 +132,6 @@ def reduce_metrics(sums: Sequence[MetricSums], layout: ParallelLayout) -> Metric
     return box[0]
 
 
-def hf_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """(name, full tensor) of the Hugging Face checkpoint, gathered over TP and PP; every rank must iterate it all.
-
-    A tied model also yields lm_head.weight: an engine may keep its own copy of it.
-    """
-    is_tied = policy.bridge.hf_config.tie_word_embeddings
-    for name, tensor in policy.bridge.export_weights([unwrapped(policy.model)]):
-        yield name, tensor.detach()
-        if is_tied and name == "model.embed_tokens.weight":
-            yield "lm_head.weight", tensor.detach()
-
-
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     """The GPTModel below DDP and the bf16 wrapper."""
     while hasattr(model, "module"):
@@ -168,14 +160,22 @@ def _run(policy: Policy, micro_batches: Sequence[MicroBatch], use: Callable, *, 
         )
 
 
+def _on_device(micro_batch: MicroBatch) -> MicroBatch:
+    """Its tensors where this rank computes; those that are there already are not copied."""
+    tensors = {f.name: getattr(micro_batch, f.name) for f in fields(micro_batch)}
+    return replace(micro_batch, **{n: t.to(device()) for n, t in tensors.items() if isinstance(t, Tensor)})
+
+
 def _keep_stats(micro_batch: MicroBatch, stats: TokenStats) -> tuple[Tensor, Tensor, TokenStats]:
     nothing = torch.zeros((), dtype=torch.int, device=stats.logprobs.device)
     return stats.logprobs.sum(), nothing, stats
 
 
-def _loss(token_loss: TokenLoss, micro_batch: MicroBatch, stats: TokenStats) -> tuple[Tensor, Tensor, MetricSums]:
+def _loss(
+    token_loss: TokenLoss, micro_batch: MicroBatch, stats: TokenStats
+) -> tuple[Tensor, Tensor, MetricSums]:
     out = token_loss(stats, micro_batch)
-    return out.loss_sum, out.count.int(), out.metrics
+    return out.loss_sum, out.count.int(), out.metrics.with_pair("loss", (out.loss_sum, out.count))
 
 
 def _on_policy_sums(micro_batch: MicroBatch, stats: TokenStats) -> MetricSums:
@@ -194,7 +194,9 @@ def _on_policy_sums(micro_batch: MicroBatch, stats: TokenStats) -> MetricSums:
 def _first_nonfinite(policy: Policy, metrics: Sequence[MetricSums]) -> str:
     """Names the first rank and tensor with a value that is not finite; every rank calls it."""
     found = None
-    bad_metrics = [name for m in metrics for name, row in zip(m.names, m.sums, strict=True) if not row.isfinite().all()]
+    bad_metrics = [
+        name for m in metrics for name, row in zip(m.names, m.sums, strict=True) if not row.isfinite().all()
+    ]
     if bad_metrics:
         found = f"metric {bad_metrics[0]} of the loss"
     else:

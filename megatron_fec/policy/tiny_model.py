@@ -1,4 +1,4 @@
-"""A random Qwen2 checkpoint of 0.1 M parameters with a word-level tokenizer, for the embedded task and the tests."""
+"""A random Qwen2 checkpoint of 0.1 M parameters with a byte-level tokenizer, for the embedded task and the tests."""
 
 from __future__ import annotations
 
@@ -6,10 +6,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-END, UNKNOWN = "<end>", "<unknown>"
+END = "<|endoftext|>"
+SPACE = "\u0120"  # how a byte-level vocabulary writes the space before a word
+
+
+def build_tokenizer(words: Sequence[str]) -> Qwen2Tokenizer:
+    """A byte-level BPE of Qwen2's own class in which " word" is one token, and so is each digit and sign.
+
+    transformers rebuilds the tokenizer of a qwen2 checkpoint as this class, whatever was saved; so words become merges.
+    """
+    letters = sorted({letter for word in words for letter in word})
+    spaced = [SPACE + word for word in words if word.isalpha()]
+    prefixes = {token[:length]: None for token in spaced for length in range(2, len(token) + 1)}
+    merges = [(prefix[:-1], prefix[-1]) for prefix in prefixes]
+    vocabulary = {token: index for index, token in enumerate([*letters, SPACE, *prefixes, END])}
+    return Qwen2Tokenizer(
+        vocab=vocabulary, merges=merges, eos_token=END, pad_token=END, unk_token=END, model_max_length=1024
+    )
 
 
 def save_tiny_model(directory: Path, words: Sequence[str], *, seed: int, is_tied: bool = False) -> None:
@@ -17,14 +32,9 @@ def save_tiny_model(directory: Path, words: Sequence[str], *, seed: int, is_tied
 
     Heads are 32 wide, the least that vLLM's CPU attention takes; two of them and two layers allow TP 2 and PP 2.
     """
-    vocabulary = {word: index for index, word in enumerate([*words, END, UNKNOWN])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=END, pad_token=END, unk_token=UNKNOWN, model_max_length=1024
-    )
+    tokenizer = build_tokenizer(words)
     config = Qwen2Config(
-        vocab_size=len(vocabulary),
+        vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=256,
         num_hidden_layers=2,

@@ -1,0 +1,177 @@
+"""One training job from its configuration to a trained Hugging Face checkpoint; every rank runs it."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from megatron_fec.algorithm.schedules import build_schedule
+from megatron_fec.config import Config, OptimizerConfig, save_config
+from megatron_fec.policy.checkpoint import TrainerState
+from megatron_fec.policy.device import device
+from megatron_fec.policy.parallel import ParallelLayout, initialize_parallel
+from megatron_fec.policy.sampling import sample_responses
+from megatron_fec.policy.step import Policy, build_policy
+from megatron_fec.policy.weights import export_hf
+from megatron_fec.preflight import Inputs, prepare_inputs
+from megatron_fec.report import write_report
+from megatron_fec.rollout.engine import Engine, true_vocab_size
+from megatron_fec.rollout.native_engine import NativeEngine
+from megatron_fec.rollout.packing import PackLayout
+from megatron_fec.run_log import RunLog
+from megatron_fec.tasks.arithmetic import demonstrations
+from megatron_fec.tasks.verifier import Verifier
+from megatron_fec.trainer import Trainer
+from megatron_fec.warm_start import Demonstration, run_warm_start
+
+WARM_DIR = "warm_start"  # in the run folder: the checkpoint after the supervised steps
+
+
+def train(config: Config) -> None:
+    """Checks, builds, trains, and leaves hf/ and report.html in the run folder."""
+    layout = initialize_parallel(config.policy, seed=config.trainer.seed)
+    inputs = prepare_inputs(config, data_parallel=layout.data_parallel)
+    run_dir = Path(config.trainer.run_dir)
+    log = RunLog(
+        run_dir,
+        total_steps=config.trainer.max_steps,
+        is_main=dist.get_rank() == 0,
+        wandb_mode=config.trainer.wandb,
+        config_text=OmegaConf.to_yaml(OmegaConf.structured(config)),
+    )
+    if dist.get_rank() == 0:
+        save_config(config, run_dir / "config.yaml")
+    log.note(_headline(config, inputs, layout))
+    trainer = _build_trainer(config, inputs, layout, log)
+    try:
+        trainer.fit()
+        export_hf(trainer.policy, inputs.model_dir, run_dir / "hf")
+    finally:
+        trainer.verifier.close()
+        log.finish()
+    if dist.get_rank() == 0:
+        write_report([run_dir], run_dir / "report.html")
+    log.note(f"report      {run_dir / 'report.html'}")
+    log.note(f"checkpoint  {run_dir / 'hf'}  (Hugging Face)")
+    dist.barrier()
+
+
+def _build_trainer(config: Config, inputs: Inputs, layout: ParallelLayout, log: RunLog) -> Trainer:
+    if config.warm_start.steps and inputs.checkpoint is None:
+        inputs = replace(inputs, model_dir=_warm_started(config, inputs, layout, log))
+    policy = _policy(config, inputs, config.optimizer, layout, total_steps=config.trainer.max_steps)
+    state = TrainerState(step=0, consumed_samples=0, weight_version=0, schedule={})
+    trainer = Trainer(
+        config=config,
+        policy=policy,
+        engine=_engine(config, inputs, policy),
+        schedule=build_schedule(config.algorithm.schedule),
+        verifier=Verifier(workers=1, timeout=config.data.verifier_timeout),
+        train_prompts=inputs.train.prompts,
+        validation_prompts=inputs.validation.prompts if inputs.validation else (),
+        log=log,
+        pack_layout=_pack_layout(config, layout),
+        state=state,
+    )
+    if inputs.checkpoint is not None and inputs.state is not None:
+        trainer.load_state_dict(inputs.checkpoint, inputs.state)
+        log.note(f"resumed from {inputs.checkpoint}")
+    log.truncate_to(trainer.state.step)
+    return trainer
+
+
+def _policy(
+    config: Config, inputs: Inputs, optimizer: OptimizerConfig, layout: ParallelLayout, *, total_steps: int
+) -> Policy:
+    return build_policy(
+        str(inputs.model_dir),
+        config.policy,
+        optimizer,
+        layout=layout,
+        temperature=config.rollout.temperature,
+        total_steps=total_steps,
+        vocab_size=true_vocab_size(inputs.tokenizer),
+    )
+
+
+def _engine(config: Config, inputs: Inputs, policy: Policy) -> Engine:
+    if config.rollout.engine == "native":
+        return NativeEngine(
+            sample=partial(sample_responses, policy),
+            tokenizer=inputs.tokenizer,
+            data_parallel_rank=policy.layout.data_parallel_rank,
+            data_parallel_size=policy.layout.data_parallel,
+            is_leader=policy.layout.reports_metrics,
+        )
+    # Imported only here: vLLM is an optional extra, and importing it takes seconds.
+    from megatron_fec.rollout.vllm_engine import VllmEngine
+
+    return VllmEngine(
+        model_dir=str(inputs.model_dir),
+        vocab_size=true_vocab_size(inputs.tokenizer),
+        dtype="bfloat16" if config.policy.precision == "bf16" else "float32",
+        tensor_parallel=config.rollout.tensor_parallel,
+        max_model_len=config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
+        gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+        seed_per_request=config.rollout.seed_per_request,
+    )
+
+
+def _pack_layout(config: Config, layout: ParallelLayout) -> PackLayout:
+    return PackLayout(
+        data_parallel_rank=layout.data_parallel_rank,
+        data_parallel_size=layout.data_parallel,
+        micro_batch_tokens=config.policy.micro_batch_tokens,
+        multiple=config.policy.tensor_parallel if config.policy.sequence_parallel else 1,
+    )
+
+
+def _warm_started(config: Config, inputs: Inputs, layout: ParallelLayout, log: RunLog) -> Path:
+    """The checkpoint after the supervised steps, made unless an earlier start of this run has made it."""
+    target = Path(config.trainer.run_dir) / WARM_DIR
+    if target.is_dir():
+        return target
+    settings = config.warm_start
+    # Its own optimizer: a higher rate, decayed to 0, and no state that reinforcement would inherit.
+    optimizer = replace(
+        config.optimizer,
+        lr=settings.lr,
+        lr_schedule="cosine",
+        warmup_steps=settings.steps // 10,
+        weight_decay=0.0,
+    )
+    policy = _policy(config, inputs, optimizer, layout, total_steps=settings.steps)
+    run_warm_start(
+        policy, _demonstrations(config, inputs), settings, layout=_pack_layout(config, layout), note=log.note
+    )
+    export_hf(policy, inputs.model_dir, target)
+    del policy
+    gc.collect()
+    return target
+
+
+def _demonstrations(config: Config, inputs: Inputs) -> list[Demonstration]:
+    pairs = demonstrations(config.warm_start.steps * config.warm_start.batch_size, config.trainer.seed)
+    prompts = inputs.tokenizer([prompt for prompt, _ in pairs], add_special_tokens=False)["input_ids"]
+    responses = inputs.tokenizer([response for _, response in pairs], add_special_tokens=False)["input_ids"]
+    end = inputs.tokenizer.eos_token_id
+    return [(prompt, [*response, end]) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def _headline(config: Config, inputs: Inputs, layout: ParallelLayout) -> str:
+    policy, prompts = config.policy, inputs.train
+    left_out = f", {prompts.num_too_long} too long" if prompts.num_too_long else ""
+    lines = [
+        f"{config.model.path} on {device().type}: TP {policy.tensor_parallel} x PP {policy.pipeline_parallel} "
+        f"x DP {layout.data_parallel}, rollouts by {config.rollout.engine}, schedule {config.algorithm.schedule.name}",
+        f"{len(prompts.prompts)} prompts{left_out}; a step is {config.rollout.prompts_per_step} x "
+        f"{config.rollout.group_size} responses in {config.updates_per_rollout} updates",
+    ]
+    if device().type == "cpu":
+        lines.append("no GPU: megatron-core runs on CPU through the development adapter")
+    return "\n".join(lines)

@@ -1,0 +1,48 @@
+"""The entry of one rank: reads the command line, trains, and turns a user's mistake into one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+
+import torch
+
+from megatron_fec.config import Config, ConfigError, load_config
+
+
+def main() -> None:
+    """Exit codes: 0 done, 2 a setting is wrong (said once, by rank 0), 1 anything else."""
+    parser = argparse.ArgumentParser(description="Train a policy with entropy-controlled GRPO.")
+    parser.add_argument("--config", required=True, help="a YAML file; the project's own are in configs/")
+    parser.add_argument("overrides", nargs="*", help="settings such as trainer.max_steps=4")
+    arguments = parser.parse_args()
+    _be_one_rank_of_many()
+    try:
+        _train(load_config(arguments.config, arguments.overrides))
+    except ConfigError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def _train(config: Config) -> None:
+    # Imported after the configuration is known to be right: megatron-core takes seconds.
+    from megatron_fec.job import train
+
+    train(config)
+
+
+def _be_one_rank_of_many() -> None:
+    """Defaults for a run outside torchrun, one thread a rank on CPU, and silence about optional packages."""
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+    }.items():
+        os.environ.setdefault(name, value)
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message=".*(Apex|apex|Transformer Engine|transformer_engine).*")

@@ -1,0 +1,215 @@
+"""Responses of the policy, sampled by the training model itself on its own TP x PP layout, with megatron-core's KV cache.
+
+One uniform number decides one token, by the inverse CDF over the true vocabulary: the choice is the same in every
+layout, up to rounding. In all layouts the logits of one position ([N, V]) are gathered over TP, which megatron-core's
+inference mode asks for. Sequence parallelism is switched off meanwhile: a decoded position cannot be split over ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.inference.contexts import StaticInferenceContext
+from torch import Tensor
+
+from megatron_fec.policy.device import device
+from megatron_fec.policy.parallel import ParallelLayout
+from megatron_fec.policy.step import Policy, unwrapped
+
+try:  # megatron-core 0.19 asks this process-wide flag whether it infers, 0.16 looks at the forward's arguments
+    from megatron.core.inference.utils import InferenceMode  # type: ignore[attr-defined]
+
+    _inference_mode = InferenceMode.active
+except ImportError:
+    _inference_mode = nullcontext
+
+CHUNK_TOKENS = 1 << 16  # rows x longest sequence that are decoded together: the size of the KV cache
+# What makes a module of megatron-core or Transformer Engine split its activations over the tensor ranks.
+SEQUENCE_PARALLEL_SWITCHES = (
+    "sequence_parallel",
+    "scatter_to_sequence_parallel",
+    "reduce_scatter_embeddings",
+)
+
+
+def sample_responses(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    *,
+    uniforms: Tensor,
+    stop_id: int,
+    temperature: float,
+) -> tuple[list[list[int]], list[list[float]]]:
+    """One response for each prompt: its ids, the stop token included, and their log-probs.
+
+    prompts: the same on all TP and PP ranks of a data-parallel rank, which all call this and get the same result;
+    nothing is communicated between data-parallel ranks.
+    uniforms: [N, max_response_tokens] in [0, 1), one for each row and response position.
+    Log-probs are at the temperature, over the true vocabulary. Parameters, gradients, the train or eval mode and the
+    global random states are left as they are.
+    """
+    assert uniforms.shape[0] == len(prompts), (
+        f"uniforms of {uniforms.shape[0]} rows for {len(prompts)} prompts"
+    )
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(
+                f"prompt {number} has no token; sampling starts from at least 1. Filter empty prompts."
+            )
+    responses: list[tuple[list[int], list[float]]] = [([], [])] * len(prompts)
+    with (
+        torch.no_grad(),
+        _ready_to_infer(policy),
+    ):  # no_grad: megatron-core keeps RoPE tables that training will use
+        for rows in _chunks([len(prompt) for prompt in prompts], uniforms.shape[1]):
+            chunk = _decode_chunk(
+                policy, [prompts[i] for i in rows], uniforms[rows], stop_id=stop_id, temperature=temperature
+            )
+            for i, response in zip(rows, chunk, strict=True):
+                responses[i] = response
+    return [ids for ids, _ in responses], [logprobs for _, logprobs in responses]
+
+
+def _chunks(prompt_lengths: Sequence[int], max_response_tokens: int) -> Iterator[list[int]]:
+    """Row numbers of at most CHUNK_TOKENS positions (one row at least), short prompts first.
+
+    Rows of like length together: positions between the shortest and the longest prompt are decoded one by one.
+    """
+    rows: list[int] = []
+    for row in sorted(range(len(prompt_lengths)), key=prompt_lengths.__getitem__):
+        if rows and (len(rows) + 1) * (prompt_lengths[row] + max_response_tokens) > CHUNK_TOKENS:
+            yield rows
+            rows = []
+        rows.append(row)
+    if rows:
+        yield rows
+
+
+def _decode_chunk(
+    policy: Policy, prompts: Sequence[Sequence[int]], uniforms: Tensor, *, stop_id: int, temperature: float
+) -> list[tuple[list[int], list[float]]]:
+    """(ids, log-probs) of each row; position t is decoded for all rows at once.
+
+    One prefill up to the shortest prompt's end, then one position a step. A row whose prompt goes on takes its next
+    token from the prompt; a finished row is carried along until all are.
+    """
+    model, layout = unwrapped(policy.model), policy.layout
+    uniforms = uniforms.to(device(), torch.float64)
+    num_rows, max_response_tokens = uniforms.shape
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device())
+    first, total = int(lengths.min()), int(lengths.max()) + max_response_tokens
+    tokens = torch.zeros(num_rows, total, dtype=torch.int64, device=device())
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = torch.tensor(prompt)
+    logprobs = torch.zeros(num_rows, total, dtype=torch.float64, device=device())
+    ends = lengths + max_response_tokens
+    context = StaticInferenceContext(num_rows, total)
+    seen = 0  # positions in the KV cache
+    for t in range(first, total):
+        logits = _next_logits(model, layout, context, tokens[:, seen:t], start=seen)
+        column = (t - lengths).clamp(0, max_response_tokens - 1)[:, None]
+        drawn = None if logits is None else _draw(logits, uniforms.gather(1, column), temperature)
+        chosen, logprob = _agreed(drawn, num_rows, layout)
+        is_response = (t >= lengths) & (t < ends)
+        tokens[:, t] = torch.where(is_response, chosen, tokens[:, t])
+        logprobs[:, t] = logprob
+        ends = torch.where(is_response & (chosen == stop_id), t + 1, ends)
+        seen = t
+        if int(ends.max()) <= t + 1:
+            break
+    spans = zip(lengths.tolist(), ends.tolist(), tokens.tolist(), logprobs.tolist(), strict=True)
+    return [(ids[start:end], values[start:end]) for start, end, ids, values in spans]
+
+
+def _next_logits(
+    model: Any, layout: ParallelLayout, context: StaticInferenceContext, tokens: Tensor, *, start: int
+) -> Tensor | None:
+    """[N, V] logits after tokens [N, S], which stand at positions start, start + 1, ...; None off the last stage.
+
+    The hidden states [S, N, hidden] go from stage to stage, each of which extends its own part of the KV cache.
+    """
+    num_rows, length = tokens.shape
+    stage, group = dist.get_rank(layout.pipeline_group), layout.pipeline_group
+    if stage > 0:
+        config = model.config
+        hidden = torch.empty(length, num_rows, config.hidden_size, dtype=config.params_dtype, device=device())
+        dist.recv(hidden, group=group, group_src=stage - 1)
+        model.set_input_tensor(hidden)
+    output = model(
+        input_ids=tokens,
+        position_ids=torch.arange(start, start + length, device=device()).expand(num_rows, length),
+        attention_mask=None,
+        inference_context=context,
+        runtime_gather_output=True,
+    )
+    context.increment_sequence_len_offset(length)
+    if not layout.is_last_stage:
+        dist.send(output.contiguous(), group=group, group_dst=stage + 1)
+        return None
+    return output[:, -1, : model.true_vocab_size]
+
+
+def _draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """logits [N, V], uniforms [N, 1] fp64 -> [N] chosen ids and their log-probs, fp64.
+
+    The id is the first whose cumulated probability exceeds the uniform number, so one of probability 0 is never it.
+    """
+    logprobs = (logits.double() / temperature).log_softmax(-1)
+    cumulated = logprobs.exp().cumsum(-1)
+    chosen = torch.searchsorted(cumulated, uniforms * cumulated[:, -1:], right=True)
+    chosen = chosen.clamp_max(
+        logits.shape[1] - 1
+    )  # logits of NaN: the log-prob tells, and the engine's guard stops
+    return chosen.squeeze(1), logprobs.gather(1, chosen).squeeze(1)
+
+
+def _agreed(
+    drawn: tuple[Tensor, Tensor] | None, num_rows: int, layout: ParallelLayout
+) -> tuple[Tensor, Tensor]:
+    """The choice and log-probs of the last stage's first tensor rank, on all ranks of the model: a sum on a GPU may
+    differ in the last bit from rank to rank, and one other token would spoil every later one.
+    """
+    both = torch.empty(2, num_rows, dtype=torch.float64, device=device())  # exact for ids
+    if drawn is not None:
+        both = torch.stack([drawn[0].double(), drawn[1]])
+        if layout.tensor_parallel > 1:
+            dist.broadcast(both, group=layout.tensor_group, group_src=0)
+    if layout.pipeline_parallel > 1:
+        dist.broadcast(both, group=layout.pipeline_group, group_src=layout.pipeline_parallel - 1)
+    return both[0].long(), both[1]
+
+
+@contextmanager
+def _ready_to_infer(policy: Policy) -> Iterator[None]:
+    """Eval mode without sequence parallelism; afterwards all is as it was."""
+    model, was_training = unwrapped(policy.model), policy.model.training
+    policy.model.eval()
+    switched_off = _switch_off_sequence_parallel(model)
+    try:
+        with _inference_mode():
+            yield
+    finally:
+        for owner, name in switched_off:
+            setattr(owner, name, True)
+        model.set_input_tensor(None)  # type: ignore[operator]
+        policy.model.train(was_training)
+
+
+def _switch_off_sequence_parallel(model: torch.nn.Module) -> list[tuple[Any, str]]:
+    """(owner, attribute) of the switches that were on. megatron-core's set_model_to_sequence_parallel is not used:
+    it remembers modules by the address of a model, also after that model is gone.
+    """
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    found = [
+        (owner, name)
+        for owner in [*configs.values(), *model.modules()]
+        for name in SEQUENCE_PARALLEL_SWITCHES
+        if getattr(owner, name, False) is True
+    ]
+    for owner, name in found:
+        setattr(owner, name, False)
+    return found

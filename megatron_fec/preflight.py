@@ -1,0 +1,192 @@
+"""Everything that can be wrong with a run's inputs, found before a weight is loaded; the same on every rank."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoTokenizer
+
+from megatron_fec.config import Config, ConfigError
+from megatron_fec.policy.checkpoint import TrainerState, find_checkpoints, read_trainer_state
+from megatron_fec.policy.model import load_hf_config
+from megatron_fec.policy.parallel import check_model_sizes
+from megatron_fec.policy.tiny_model import save_tiny_model
+from megatron_fec.rollout.engine import vllm_is_available
+from megatron_fec.tasks.arithmetic import VOCABULARY
+from megatron_fec.tasks.prompts import PromptSet, load_prompts
+
+EMBEDDED = "embedded"  # model.path of the small random model that is made on the spot
+BYTES_PER_PARAMETER = 16  # of a checkpoint: fp32 master weight and two moments, and the weight itself
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What a run starts from."""
+
+    model_dir: Path
+    tokenizer: Any
+    train: PromptSet
+    validation: PromptSet | None
+    checkpoint: Path | None  # to resume from
+    state: TrainerState | None  # of that checkpoint
+
+
+def prepare_inputs(config: Config, *, data_parallel: int) -> Inputs:
+    """Loads the small things and checks the large ones; needs torch.distributed, raises ConfigError."""
+    run_dir = Path(config.trainer.run_dir)
+    _check_engine(config)
+    _check_batch(config, data_parallel)
+    _check_writable(run_dir)
+    model_dir = _local_model(config, run_dir)
+    hf_config = load_hf_config(str(model_dir))
+    check_model_sizes(hf_config, config.policy)
+    _check_length(config, hf_config)
+    _check_disk(config, run_dir, model_dir)
+    checkpoint, state = _checkpoint(config, run_dir, hf_config)
+    tokenizer = _tokenizer(config, model_dir)
+    return Inputs(
+        model_dir=model_dir,
+        tokenizer=tokenizer,
+        train=_prompts(config, "data.train", config.data.train, tokenizer),
+        validation=_prompts(config, "data.validation", config.data.validation, tokenizer)
+        if config.data.validation
+        else None,
+        checkpoint=checkpoint,
+        state=state,
+    )
+
+
+def _check_engine(config: Config) -> None:
+    if config.rollout.engine == "vllm" and not vllm_is_available():
+        raise ConfigError(
+            "rollout.engine=vllm needs vLLM, which is not installed. Install the extra rollout-cpu or gpu, "
+            "or set rollout.engine=native."
+        )
+    world = dist.get_world_size()
+    if config.rollout.engine == "vllm" and world % config.rollout.tensor_parallel:
+        raise ConfigError(
+            f"rollout.tensor_parallel={config.rollout.tensor_parallel} must divide the {world} processes of this run."
+        )
+
+
+def _check_batch(config: Config, data_parallel: int) -> None:
+    sequences = config.algorithm.prompts_per_update * config.rollout.group_size
+    if sequences < data_parallel:
+        raise ConfigError(
+            f"algorithm.prompts_per_update={config.algorithm.prompts_per_update} x rollout.group_size="
+            f"{config.rollout.group_size} = {sequences} sequences must feed the {data_parallel} data-parallel ranks. "
+            "Raise it, or give more processes to tensor or pipeline parallelism."
+        )
+    if config.warm_start.steps and config.data.train.split(":")[:2] != ["embedded", "countdown"]:
+        raise ConfigError(
+            f"warm_start.steps={config.warm_start.steps} needs demonstrations, which only data.train=embedded:countdown "
+            "has. Set it to 0 and start from a model that can answer."
+        )
+
+
+def _check_writable(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / f".write_probe_{dist.get_rank()}"
+        probe.write_text("probe")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"trainer.run_dir={run_dir} cannot be written: {error.strerror}. Choose a folder of your own."
+        ) from error
+
+
+def _local_model(config: Config, run_dir: Path) -> Path:
+    """The folder of model.path; a hub name is downloaded, "embedded" is made."""
+    path = config.model.path
+    if path == EMBEDDED:
+        target = run_dir / "model"
+        if dist.get_rank() == 0 and not target.is_dir():
+            writing = run_dir / ".writing_model"
+            shutil.rmtree(writing, ignore_errors=True)
+            save_tiny_model(writing, VOCABULARY, seed=config.trainer.seed)
+            writing.rename(target)
+        dist.barrier()
+        return target
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(
+            f"model.path={path} is neither a folder nor a hub name that can be fetched: {str(error).splitlines()[0]} "
+            "Give a folder with config.json and *.safetensors, or check the name and the network."
+        ) from error
+
+
+def _tokenizer(config: Config, model_dir: Path) -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"model.path={config.model.path}: the tokenizer has no eos_token, so no response would end. Set one."
+        )
+    return tokenizer
+
+
+def _check_length(config: Config, hf_config: Any) -> None:
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    if longest > hf_config.max_position_embeddings:
+        raise ConfigError(
+            f"rollout.max_prompt_tokens={config.rollout.max_prompt_tokens} + rollout.max_response_tokens="
+            f"{config.rollout.max_response_tokens} = {longest} must not exceed the checkpoint's "
+            f"max_position_embeddings={hf_config.max_position_embeddings}. Lower one of them."
+        )
+
+
+def _check_disk(config: Config, run_dir: Path, model_dir: Path) -> None:
+    weights = sum(file.stat().st_size for file in model_dir.glob("*.safetensors"))
+    if not weights:
+        raise ConfigError(
+            f"model.path={config.model.path} holds no *.safetensors file. Convert the checkpoint first."
+        )
+    parameters = weights / 2  # bf16 files; an fp32 file only makes the estimate safer
+    needed = parameters * BYTES_PER_PARAMETER * (config.trainer.keep_checkpoints + 1) + 2 * weights
+    free = shutil.disk_usage(run_dir).free
+    if free < needed:
+        raise ConfigError(
+            f"trainer.run_dir={run_dir} has {free / 1e9:.1f} GB free, and {config.trainer.keep_checkpoints + 1} "
+            f"checkpoints of this model need {needed / 1e9:.1f} GB. Free some, choose another disk, or lower "
+            "trainer.keep_checkpoints."
+        )
+
+
+def _checkpoint(config: Config, run_dir: Path, hf_config: Any) -> tuple[Path | None, TrainerState | None]:
+    found = find_checkpoints(run_dir / "checkpoints")
+    if not found:
+        return None, None
+    if config.trainer.resume == "never":
+        raise ConfigError(
+            f"trainer.resume=never, but {run_dir / 'checkpoints'} holds {found[-1].name}. "
+            "Use another trainer.run_dir, or move that folder away."
+        )
+    newest = found[-1]
+    if not os.access(newest, os.R_OK):
+        raise ConfigError(f"trainer.resume: {newest} cannot be read. Check its permissions.")
+    state = read_trainer_state(
+        newest, hf_config=hf_config, distributed_optimizer=config.policy.distributed_optimizer
+    )
+    return newest, state
+
+
+def _prompts(config: Config, setting: str, source: str, tokenizer: Any) -> PromptSet:
+    return load_prompts(
+        source,
+        setting=setting,
+        tokenizer=tokenizer,
+        prompt_column=config.data.prompt_column,
+        answer_column=config.data.answer_column,
+        prompt_style=config.data.prompt_style,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+    )

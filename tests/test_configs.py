@@ -1,0 +1,67 @@
+"""Every file in configs/ loads, and its arithmetic is what the file claims."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_fec.config import ConfigError, load_config
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+NO_RUN = {"base.yaml"}  # lacks required keys on purpose
+# The paper's runs: schedule, longest sequence, then the batch: samples a step, updates a rollout, sequences an update.
+PAPER = {
+    "qwen7b_grpo.yaml": ("grpo", 8192, 4096, 16, 256),
+    "qwen7b_clip_higher.yaml": ("dynamic_upper", 8192, 4096, 16, 256),
+    "qwen7b_id.yaml": ("id", 8192, 4096, 16, 256),
+    "qwen7b_did.yaml": ("did", 8192, 4096, 16, 256),
+    "qwen7b_od.yaml": ("od", 8192, 4096, 16, 256),
+    "qwen_math7b_id.yaml": ("id", 4096, 4096, 16, 256),
+    "qwen_math7b_did.yaml": ("did", 4096, 4096, 16, 256),
+    "qwen_math7b_od.yaml": ("od", 4096, 4096, 16, 256),
+}
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in CONFIGS.glob("*.yaml") if p.name not in NO_RUN))
+def test_every_file_loads(name: str):
+    config = load_config(CONFIGS / name)
+    assert config.trainer.run_dir.startswith("runs/")
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_batch_arithmetic_of_the_papers_runs(name: str):
+    config = load_config(CONFIGS / name)
+    samples = config.rollout.prompts_per_step * config.rollout.group_size
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    per_update = config.algorithm.prompts_per_update * config.rollout.group_size
+    batch = (samples, config.updates_per_rollout, per_update)
+    assert (config.algorithm.schedule.name, longest, *batch) == PAPER[name]
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_settings(name: str):
+    config = load_config(CONFIGS / name)
+    optimizer, schedule = config.optimizer, config.algorithm.schedule
+    assert (optimizer.lr, optimizer.weight_decay, optimizer.clip_grad, optimizer.warmup_steps) == (
+        1e-6,
+        0.1,
+        1.0,
+        10,
+    )
+    assert (config.trainer.max_steps, schedule.total_steps, schedule.phase_ratio) == (400, 400, 0.5)
+    assert (config.rollout.temperature, config.algorithm.thresholds.eps_std) == (1.0, 0.2)
+    assert config.model.path == ("Qwen/Qwen2.5-Math-7B" if "math" in name else "Qwen/Qwen2.5-7B")
+    assert config.trainer.run_dir == f"runs/{name.removesuffix('.yaml')}"
+
+
+def test_clip_higher_is_a_constant_line():
+    thresholds = load_config(CONFIGS / "qwen7b_clip_higher.yaml").algorithm.thresholds
+    assert thresholds.upper == [0.0, 0.28]
+
+
+def test_base_alone_is_not_a_run():
+    with pytest.raises(ConfigError, match="is required"):
+        load_config(CONFIGS / "base.yaml")
+
+
+def test_the_table_names_every_7b_file():
+    assert set(PAPER) == {p.name for p in CONFIGS.glob("*7b_*.yaml")}

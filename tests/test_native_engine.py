@@ -1,0 +1,404 @@
+"""The sampler on the training model against transformers, in every layout, and the engine on top of it."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_on_ranks
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from megatron_fec.config import OptimizerConfig, PolicyConfig
+from megatron_fec.metrics import MetricSums
+from megatron_fec.policy import sampling
+from megatron_fec.policy.parallel import initialize_parallel
+from megatron_fec.policy.sampling import sample_responses
+from megatron_fec.policy.step import Policy, build_policy, compute_logprobs, train_update, unwrapped
+from megatron_fec.policy.tiny_model import save_tiny_model
+from megatron_fec.rollout.engine import Sampling, check_groups
+from megatron_fec.rollout.native_engine import NativeEngine
+from megatron_fec.rollout.packing import PackLayout, pack_demonstrations
+from megatron_fec.types import LossOutput, MicroBatch, Prompt, SampleGroup, TokenStats
+
+torch.set_num_threads(1)  # before transformers runs here: its threads would not survive the fork
+WORDS = list(string.digits + string.punctuation)[:35]  # with a space and the end a vocabulary of 37
+VOCABULARY, STOP = 37, 36
+LENGTH = 11  # response tokens
+TEMPERATURE = 0.8
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [5, 6], [3, STOP, 4, 1], [20] * 5, [2, 1, 2, 1]]
+Response = tuple[list[int], list[float]]
+# tensor, pipeline, sequence parallelism
+LAYOUTS = [(1, 1, False), (2, 1, False), (1, 2, False), (2, 2, False), (2, 1, True), (2, 2, True)]
+
+
+@pytest.fixture(scope="module", params=["qwen2", "tied", "qwen3"])
+def any_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    save_tiny_model(folder, WORDS, seed=5, is_tied=request.param == "tied")
+    if request.param == "qwen3":  # grouped key-value heads, norms on queries and keys, no biases
+        config = Qwen3Config(
+            vocab_size=VOCABULARY + 16,  # rows without a token
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            max_position_embeddings=64,
+            initializer_range=0.15,
+            tie_word_embeddings=False,
+            dtype="float32",
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            Qwen3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny_model(folder, WORDS, seed=5)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (len(tokenizer), tokenizer.eos_token_id) == (VOCABULARY, STOP)
+    return folder
+
+
+def uniforms(rows: int, length: int = LENGTH) -> Tensor:
+    return torch.rand(rows, length, generator=torch.Generator().manual_seed(11), dtype=torch.float64)
+
+
+def on_layout(
+    model_dir: Path,
+    job: Callable[[Policy], Any],
+    layout: tuple[int, int, bool] = (1, 1, False),
+    *,
+    data_parallel: int = 1,
+    precision: str = "fp32",
+) -> list[Any]:
+    """job(policy) of every rank, in rank order."""
+    tensor, pipeline, is_sequence_parallel = layout
+    config = PolicyConfig(
+        tensor_parallel=tensor,
+        pipeline_parallel=pipeline,
+        sequence_parallel=is_sequence_parallel,
+        precision=precision,
+    )
+
+    def on_rank(rank: int) -> Any:
+        places = initialize_parallel(config, seed=3)
+        optimizer = OptimizerConfig(lr=1e-2)
+        policy = build_policy(
+            str(model_dir),
+            config,
+            optimizer,
+            layout=places,
+            temperature=TEMPERATURE,
+            total_steps=9,
+            vocab_size=VOCABULARY,
+        )
+        return job(policy)
+
+    return run_on_ranks(tensor * pipeline * data_parallel, on_rank)
+
+
+def sample(
+    policy: Policy, prompts: Sequence[Sequence[int]] = PROMPTS, *, numbers: Tensor | None = None
+) -> list[Response]:
+    numbers = uniforms(len(prompts)) if numbers is None else numbers
+    ids, logprobs = sample_responses(policy, prompts, uniforms=numbers, stop_id=STOP, temperature=TEMPERATURE)
+    return list(zip(ids, logprobs, strict=True))
+
+
+@torch.no_grad()
+def by_transformers(model_dir: Path, prompts: Sequence[Sequence[int]] = PROMPTS) -> list[Response]:
+    """The same definition without a cache: one row at a time, the whole sequence again for each token."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    responses = []
+    for prompt, numbers in zip(prompts, uniforms(len(prompts)).tolist(), strict=True):
+        ids: list[int] = []
+        logprobs: list[float] = []
+        for number in numbers:
+            logits = model(torch.tensor([[*prompt, *ids]])).logits[0, -1, :VOCABULARY].double()
+            probabilities = torch.softmax(logits / TEMPERATURE, dim=0).tolist()
+            chosen, passed = 0, probabilities[0]
+            while passed <= number:
+                chosen += 1
+                passed += probabilities[chosen]
+            ids.append(chosen)
+            logprobs.append(torch.tensor(probabilities[chosen], dtype=torch.float64).log().item())
+            if chosen == STOP:
+                break
+        responses.append((ids, logprobs))
+    return responses
+
+
+def assert_same(responses: Sequence[Response], expected: Sequence[Response]) -> None:
+    assert [ids for ids, _ in responses] == [ids for ids, _ in expected]
+    for (_, logprobs), (_, wanted) in zip(responses, expected, strict=True):
+        assert logprobs == pytest.approx(wanted, abs=1e-5)  # fp32 layers in another order of operations
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_samples_are_those_of_transformers(any_model: Path, layout: tuple[int, int, bool]) -> None:
+    expected = by_transformers(any_model)
+    lengths = [len(ids) for ids, _ in expected]
+    assert min(lengths) < LENGTH == max(lengths), "the fixture must hold stopped and truncated responses"
+    results = on_layout(any_model, sample, layout)
+    assert_same(results[0], expected)
+    assert all(result == results[0] for result in results), "every rank holds the same floats"
+
+
+def test_a_response_ends_with_its_first_stop_token(model_dir: Path) -> None:
+    many = PROMPTS * 5
+    (responses,) = on_layout(model_dir, partial(sample, prompts=many))
+    stopped = [ids for ids, _ in responses if ids[-1] == STOP]
+    truncated = [ids for ids, _ in responses if ids[-1] != STOP]
+    assert len(stopped) > 3 and len(truncated) > 3
+    assert all(ids.index(STOP) == len(ids) - 1 for ids in stopped)
+    assert all(len(ids) == LENGTH and STOP not in ids for ids in truncated)
+    assert all(len(ids) == len(logprobs) for ids, logprobs in responses)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 3 * 14])
+def test_rows_do_not_depend_on_what_is_sampled_beside_them(model_dir: Path, chunk_tokens: int) -> None:
+    def job(policy: Policy) -> tuple[list[list[int]], list[Response]]:
+        sampling.CHUNK_TOKENS = chunk_tokens  # in a process of its own
+        lengths = [len(prompt) for prompt in PROMPTS]
+        return list(sampling._chunks(lengths, LENGTH)), sample(policy)
+
+    ((chunks, responses),) = on_layout(model_dir, job)
+    assert sorted(row for rows in chunks for row in rows) == list(range(len(PROMPTS)))
+    assert max(len(rows) for rows in chunks) == (1 if chunk_tokens == 1 else 3)
+    (together,) = on_layout(model_dir, sample)
+    assert_same(responses, together)
+
+
+def test_first_tokens_follow_the_softmax(model_dir: Path) -> None:
+    count = 2000
+    job = partial(sample, prompts=[PROMPTS[0]] * count, numbers=uniforms(count, 1))
+    (responses,) = on_layout(model_dir, job)
+    drawn = torch.tensor([ids[0] for ids, _ in responses])
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(model_dir)(torch.tensor([PROMPTS[0]])).logits[0, -1]
+    expected = torch.softmax(logits / TEMPERATURE, dim=0)
+    frequencies = torch.bincount(drawn, minlength=VOCABULARY) / count
+    deviations = (frequencies - expected) / (expected * (1 - expected) / count).sqrt()
+    assert deviations.abs().max() < 4
+    # The other temperature is told apart: its softmax is rejected by the same measure.
+    other = torch.softmax(logits, dim=0)
+    assert ((frequencies - other) / (other * (1 - other) / count).sqrt()).abs().max() > 4
+
+
+def test_a_token_of_probability_zero_is_never_drawn() -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(4, 5)
+    numbers = torch.tensor([[0.0], [0.4999], [0.5], [1 - 2**-53]], dtype=torch.float64)
+    chosen, logprobs = sampling._draw(logits, numbers, 1.0)
+    assert chosen.tolist() == [1, 1, 3, 3]
+    assert logprobs.tolist() == pytest.approx([-0.6931471805599453] * 4, abs=1e-15)
+
+
+def test_logits_of_nan_reach_the_guard_of_the_engine() -> None:
+    chosen, logprobs = sampling._draw(torch.full((1, 3), torch.nan), torch.tensor([[0.3]]).double(), 1.0)
+    assert chosen.tolist() == [2] and logprobs.isnan().all()
+
+
+def test_an_empty_prompt_is_refused(model_dir: Path) -> None:
+    def job(policy: Policy) -> str:
+        with pytest.raises(ValueError, match=r"prompt 1 has no token.*Filter"):
+            sample(policy, [[1], []])
+        return "refused"
+
+    assert on_layout(model_dir, job) == ["refused"]
+
+
+def micro_batches(responses: Sequence[Response]) -> list[MicroBatch]:
+    layout = PackLayout(data_parallel_rank=0, data_parallel_size=1, micro_batch_tokens=64, multiple=2)
+    return pack_demonstrations(
+        [(prompt, ids) for prompt, (ids, _) in zip(PROMPTS, responses, strict=True)], layout=layout
+    )
+
+
+def log_likelihood(stats: TokenStats, micro_batch: MicroBatch) -> LossOutput:
+    count = micro_batch.response_mask.sum()
+    loss = -stats.logprobs[micro_batch.response_mask].sum()
+    return LossOutput(loss_sum=loss, count=count, metrics=MetricSums.of({"logprob": (-loss, count)}))
+
+
+@pytest.mark.parametrize(
+    ("precision", "limit"),
+    [("fp32", 1e-5), ("bf16", 0.05)],  # bf16 keeps 8 bits of an activation, and the two paths round apart
+)
+@pytest.mark.parametrize("layout", [(1, 1, False), (2, 2, True)])
+def test_the_trainer_computes_the_same_logprobs(
+    model_dir: Path, layout: tuple[int, int, bool], precision: str, limit: float
+) -> None:
+    def job(policy: Policy) -> tuple[list[float], list[float]]:
+        responses = sample(policy)
+        (filled,), sums = compute_logprobs(policy, [micro_batches(responses)])
+        total = sum(sum(logprobs) for _, logprobs in responses)
+        count = sum(len(ids) for ids, _ in responses)
+        return [total / count], [sums.means()["logprob"]]
+
+    for sampled, trained in on_layout(model_dir, job, layout, precision=precision):
+        assert sampled == pytest.approx(trained, abs=limit)
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("layout", [(1, 1, False), (2, 1, True), (1, 2, False)])
+def test_training_does_not_notice_the_sampling(
+    model_dir: Path, layout: tuple[int, int, bool], is_training: bool
+) -> None:
+    batch = micro_batches([([1, 2, 3, STOP], [])] * len(PROMPTS))
+
+    def state(policy: Policy) -> list[Any]:
+        model = unwrapped(policy.model)
+        gradients = [p.main_grad.clone() for p in policy.model.parameters()]  # type: ignore[attr-defined]
+        parameters = [p.detach().clone() for p in policy.model.parameters()]
+        flags = [
+            (name, module.training, getattr(module, switch, None))
+            for name, module in policy.model.named_modules()
+            for switch in sampling.SEQUENCE_PARALLEL_SWITCHES
+        ]
+        config = vars(model.config).copy()  # type: ignore[union-attr]
+        return [*parameters, *gradients, torch.get_rng_state(), flags, str(config)]
+
+    def job(policy: Policy, *, samples: bool) -> list[Any]:
+        train_update(policy, batch, log_likelihood)
+        policy.model.train(is_training)
+        if samples:
+            before = state(policy)
+            sample(policy)
+            assert all(
+                torch.equal(a, b) if isinstance(a, Tensor) else a == b
+                for a, b in zip(before, state(policy), strict=True)
+            )
+        train_update(policy, batch, log_likelihood)
+        return state(policy)[:-2]
+
+    with_samples = on_layout(model_dir, partial(job, samples=True), layout)
+    without = on_layout(model_dir, partial(job, samples=False), layout)
+    for one, other in zip(with_samples, without, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# The engine.
+
+SETTINGS = Sampling(group_size=3, max_response_tokens=LENGTH, temperature=TEMPERATURE, seed=17)
+
+
+def engine_prompts(count: int) -> list[Prompt]:
+    """The first two are one prompt twice."""
+    numbers = [0, *range(count - 1)]
+    return [
+        Prompt(
+            prompt_id=n,
+            text="",
+            token_ids=tuple(PROMPTS[n % len(PROMPTS)]),
+            answer=f"answer {n}",
+            verifier="",
+        )
+        for n in numbers
+    ]
+
+
+def untouchable() -> Iterator[tuple[str, Tensor]]:
+    raise AssertionError("the native engine has its weights already")
+    yield
+
+
+def generate(policy: Policy, tokenizer: Any, prompts: Sequence[Prompt]) -> list[SampleGroup]:
+    engine = NativeEngine(
+        sample=partial(sample_responses, policy),
+        tokenizer=tokenizer,
+        data_parallel_rank=policy.layout.data_parallel_rank,
+        data_parallel_size=policy.layout.data_parallel,
+        is_leader=policy.layout.reports_metrics,
+    )
+    engine.refit(untouchable(), version=4)
+    groups = engine.generate(prompts, SETTINGS)
+    engine.free()
+    return groups
+
+
+def ids_of(groups: Sequence[SampleGroup]) -> list[list[tuple[int, ...]]]:
+    return [[sample.token_ids for sample in group.samples] for group in groups]
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize(
+    ("layout", "data_parallel"), [((1, 1, False), 2), ((2, 1, True), 2), ((1, 2, False), 1)]
+)
+def test_the_engine_gives_the_same_groups_in_every_layout(
+    model_dir: Path, layout: tuple[int, int, bool], data_parallel: int, count: int
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    prompts = engine_prompts(count)
+    job = partial(generate, tokenizer=tokenizer, prompts=prompts)
+    (expected,) = on_layout(model_dir, job)
+    results = on_layout(model_dir, job, layout, data_parallel=data_parallel)
+    assert all(result == results[0] for result in results), "every rank holds the whole list"
+    assert [group.prompt for group in results[0]] == prompts
+    assert ids_of(results[0]) == ids_of(expected)
+
+
+def test_the_engine_fills_its_samples(model_dir: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    (groups,) = on_layout(
+        model_dir, partial(generate, tokenizer=tokenizer, prompts=engine_prompts(len(PROMPTS)))
+    )
+    check_groups(groups, weight_version=4, group_size=3)
+    assert all(len(set(group)) == 3 for group in ids_of(groups)), "the samples of a group differ"
+    assert ids_of(groups)[0] != ids_of(groups)[1], "a prompt that occurs twice is sampled anew"
+    samples = [sample for group in groups for sample in group.samples]
+    assert {sample.is_truncated for sample in samples} == {True, False}
+    for found in samples:
+        assert found.is_truncated == (found.token_ids[-1] != STOP)
+        assert found.text == tokenizer.decode([i for i in found.token_ids if i != STOP])
+        assert found.text or found.token_ids == (STOP,)
+
+
+def fake_engine(eos_token_id: int | None = STOP) -> tuple[NativeEngine, list[Tensor]]:
+    """An engine of one rank whose sampler notes its uniform numbers and stops at once."""
+    seen: list[Tensor] = []
+
+    def stop_at_once(prompts: Sequence[Sequence[int]], *, uniforms: Tensor, **rest: Any) -> Any:
+        seen.append(uniforms)
+        return [[rest["stop_id"]] for _ in prompts], [[-0.5] for _ in prompts]
+
+    tokenizer = SimpleNamespace(eos_token_id=eos_token_id, decode=lambda ids, skip_special_tokens: "")
+    engine = NativeEngine(
+        sample=stop_at_once, tokenizer=tokenizer, data_parallel_rank=0, data_parallel_size=1, is_leader=True
+    )
+    return engine, seen
+
+
+def test_random_numbers_belong_to_step_prompt_and_sample() -> None:
+    engine, seen = fake_engine()
+    engine.refit(untouchable(), version=1)
+    state = torch.get_rng_state()
+    engine.generate(engine_prompts(3), SETTINGS)
+    engine.generate(engine_prompts(3)[1:], SETTINGS)
+    assert torch.equal(state, torch.get_rng_state())
+    both, later = seen
+    assert both.shape == (9, LENGTH) and len(both.unique()) == 9 * LENGTH
+    # Without its twin, the second prompt is the first occurrence; the third is itself.
+    assert torch.equal(later, torch.cat([both[:3], both[6:]]))
+
+
+def test_no_samples_before_the_first_refit() -> None:
+    engine, _ = fake_engine()
+    with pytest.raises(RuntimeError, match=r"before refit.*Call refit first"):
+        engine.generate(engine_prompts(1), SETTINGS)
+
+
+def test_a_tokenizer_without_an_end_is_refused() -> None:
+    with pytest.raises(ValueError, match="no eos_token"):
+        fake_engine(eos_token_id=None)
