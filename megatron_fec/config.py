@@ -39,6 +39,7 @@ class OptimizerConfig:
     lr_schedule: str = "constant"  # constant | cosine, to 0 at trainer.max_steps
     warmup_steps: int = 0  # steps (rollouts), not updates
     weight_decay: float = 0.1
+    beta2: float = 0.999  # of Adam; how long the size of past gradients is remembered
     clip_grad: float = 1.0
 
 
@@ -107,7 +108,6 @@ class WarmStartConfig:
     """Supervised steps before reinforcement, for a policy that cannot answer yet."""
 
     steps: int = 0
-    batch_size: int = 256  # sequences
     lr: float = 2e-3
 
 
@@ -179,7 +179,6 @@ AT_LEAST_ONE = (
     "rollout.group_size",
     "rollout.max_prompt_tokens",
     "rollout.max_response_tokens",
-    "warm_start.batch_size",
     "trainer.max_steps",
     "trainer.keep_checkpoints",
     "trainer.eval_samples",
@@ -303,7 +302,7 @@ def _check_ranges(config: Config) -> None:
         for key in keys:
             if is_broken(_get(config, key)):
                 raise ConfigError(f"{key}={_get(config, key)} must be {rule}.")
-    for key in ("rollout.gpu_memory_utilization", "algorithm.schedule.h_min_ratio"):
+    for key in ("optimizer.beta2", "rollout.gpu_memory_utilization", "algorithm.schedule.h_min_ratio"):
         if not 0 < _get(config, key) <= 1:
             raise ConfigError(f"{key}={_get(config, key)} must be in (0, 1].")
     if config.algorithm.dual_clip is not None and config.algorithm.dual_clip <= 1:

@@ -27,7 +27,7 @@ from megatron_fec.run_log import RunLog
 from megatron_fec.tasks.arithmetic import demonstrations
 from megatron_fec.tasks.verifier import Verifier
 from megatron_fec.trainer import Trainer
-from megatron_fec.warm_start import Demonstration, run_warm_start
+from megatron_fec.warm_start import BATCH_SIZE, Demonstration, run_warm_start
 
 WARM_DIR = "warm_start"  # in the run folder: the checkpoint after the supervised steps
 
@@ -156,7 +156,7 @@ def _warm_started(config: Config, inputs: Inputs, layout: ParallelLayout, log: R
 
 
 def _demonstrations(config: Config, inputs: Inputs) -> list[Demonstration]:
-    pairs = demonstrations(config.warm_start.steps * config.warm_start.batch_size, config.trainer.seed)
+    pairs = demonstrations(config.warm_start.steps * BATCH_SIZE, config.trainer.seed)
     prompts = inputs.tokenizer([prompt for prompt, _ in pairs], add_special_tokens=False)["input_ids"]
     responses = inputs.tokenizer([response for _, response in pairs], add_special_tokens=False)["input_ids"]
     end = inputs.tokenizer.eos_token_id

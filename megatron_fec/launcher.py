@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="a YAML file; the project's own are in configs/")
     parser.add_argument("overrides", nargs="*", help="settings such as trainer.max_steps=4")
     arguments = parser.parse_args()
-    _be_one_rank_of_many()
+    be_one_rank()
     try:
         _train(load_config(arguments.config, arguments.overrides))
     except ConfigError as error:
@@ -34,7 +34,7 @@ def _train(config: Config) -> None:
     train(config)
 
 
-def _be_one_rank_of_many() -> None:
+def be_one_rank() -> None:
     """Defaults for a run outside torchrun, one thread a rank on CPU, and silence about optional packages."""
     for name, value in {
         "RANK": "0",

@@ -44,7 +44,7 @@ def prepare_inputs(config: Config, *, data_parallel: int) -> Inputs:
     _check_engine(config)
     _check_batch(config, data_parallel)
     _check_writable(run_dir)
-    model_dir = _local_model(config, run_dir)
+    model_dir = local_model(config, run_dir)
     hf_config = load_hf_config(str(model_dir))
     check_model_sizes(hf_config, config.policy)
     _check_length(config, hf_config)
@@ -103,7 +103,7 @@ def _check_writable(run_dir: Path) -> None:
         ) from error
 
 
-def _local_model(config: Config, run_dir: Path) -> Path:
+def local_model(config: Config, run_dir: Path) -> Path:
     """The folder of model.path; a hub name is downloaded, "embedded" is made."""
     path = config.model.path
     if path == EMBEDDED:

@@ -10,6 +10,7 @@ from megatron_fec.policy.step import Policy, reduce_metrics, train_update
 from megatron_fec.rollout.packing import PackLayout, pack_demonstrations
 from megatron_fec.types import LossOutput, MicroBatch, TokenStats
 
+BATCH_SIZE = 256  # sequences of one step
 NOTE_EVERY = 50  # steps
 
 Demonstration = tuple[
@@ -27,7 +28,7 @@ def run_warm_start(
 ) -> None:
     """One optimizer step per batch of demonstrations, in their order; the loss is the mean over response tokens."""
     for step in range(settings.steps):
-        batch = demonstrations[step * settings.batch_size : (step + 1) * settings.batch_size]
+        batch = demonstrations[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]
         policy.scheduler.step(increment=1)
         sums, _ = train_update(policy, pack_demonstrations(batch, layout=layout), _supervised)
         if step % NOTE_EVERY == 0 or step == settings.steps - 1:

@@ -43,21 +43,10 @@ def any_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp(request.param)
     save_tiny_model(folder, WORDS, seed=5, is_tied=request.param == "tied")
     if request.param == "qwen3":  # grouped key-value heads, norms on queries and keys, no biases
-        config = Qwen3Config(
-            vocab_size=VOCABULARY + 16,  # rows without a token
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            max_position_embeddings=64,
-            initializer_range=0.15,
-            tie_word_embeddings=False,
-            dtype="float32",
-        )
+        config = Qwen3Config.from_pretrained(folder, num_attention_heads=4, head_dim=16)
+        config.vocab_size += 16  # rows without a token
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(5)
+            torch.manual_seed(4)
             Qwen3ForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -85,26 +74,13 @@ def on_layout(
 ) -> list[Any]:
     """job(policy) of every rank, in rank order."""
     tensor, pipeline, is_sequence_parallel = layout
-    config = PolicyConfig(
-        tensor_parallel=tensor,
-        pipeline_parallel=pipeline,
-        sequence_parallel=is_sequence_parallel,
-        precision=precision,
-    )
+    sizes: dict[str, Any] = {"tensor_parallel": tensor, "pipeline_parallel": pipeline}
+    config = PolicyConfig(sequence_parallel=is_sequence_parallel, precision=precision, **sizes)
 
     def on_rank(rank: int) -> Any:
         places = initialize_parallel(config, seed=3)
-        optimizer = OptimizerConfig(lr=1e-2)
-        policy = build_policy(
-            str(model_dir),
-            config,
-            optimizer,
-            layout=places,
-            temperature=TEMPERATURE,
-            total_steps=9,
-            vocab_size=VOCABULARY,
-        )
-        return job(policy)
+        settings = {"temperature": TEMPERATURE, "total_steps": 9, "vocab_size": VOCABULARY}
+        return job(build_policy(str(model_dir), config, OptimizerConfig(lr=1e-2), layout=places, **settings))
 
     return run_on_ranks(tensor * pipeline * data_parallel, on_rank)
 
@@ -159,8 +135,7 @@ def test_samples_are_those_of_transformers(any_model: Path, layout: tuple[int, i
 def test_a_response_ends_with_its_first_stop_token(model_dir: Path) -> None:
     many = PROMPTS * 5
     (responses,) = on_layout(model_dir, partial(sample, prompts=many))
-    stopped = [ids for ids, _ in responses if ids[-1] == STOP]
-    truncated = [ids for ids, _ in responses if ids[-1] != STOP]
+    stopped, truncated = ([ids for ids, _ in responses if (ids[-1] == STOP) == end] for end in (True, False))
     assert len(stopped) > 3 and len(truncated) > 3
     assert all(ids.index(STOP) == len(ids) - 1 for ids in stopped)
     assert all(len(ids) == LENGTH and STOP not in ids for ids in truncated)
@@ -192,9 +167,6 @@ def test_first_tokens_follow_the_softmax(model_dir: Path) -> None:
     frequencies = torch.bincount(drawn, minlength=VOCABULARY) / count
     deviations = (frequencies - expected) / (expected * (1 - expected) / count).sqrt()
     assert deviations.abs().max() < 4
-    # The other temperature is told apart: its softmax is rejected by the same measure.
-    other = torch.softmax(logits, dim=0)
-    assert ((frequencies - other) / (other * (1 - other) / count).sqrt()).abs().max() > 4
 
 
 def test_a_token_of_probability_zero_is_never_drawn() -> None:
@@ -210,13 +182,25 @@ def test_logits_of_nan_reach_the_guard_of_the_engine() -> None:
     assert chosen.tolist() == [2] and logprobs.isnan().all()
 
 
-def test_an_empty_prompt_is_refused(model_dir: Path) -> None:
-    def job(policy: Policy) -> str:
-        with pytest.raises(ValueError, match=r"prompt 1 has no token.*Filter"):
-            sample(policy, [[1], []])
-        return "refused"
+def test_an_empty_prompt_is_refused() -> None:
+    unused: Any = None
+    with pytest.raises(ValueError, match=r"prompt 1 has no token.*Filter"):
+        sample(unused, [[1], []])
 
-    assert on_layout(model_dir, job) == ["refused"]
+
+def test_no_step_and_no_logits_without_need(model_dir: Path) -> None:
+    stopping = [row for row, (ids, _) in enumerate(by_transformers(model_dir)) if len(ids) < LENGTH]
+    prompts = [PROMPTS[row] for row in stopping]
+
+    def job(policy: Policy) -> tuple[list[Response], list[int]]:
+        model: Any = unwrapped(policy.model)
+        positions: list[int] = []  # of the hidden states that become logits, step after step
+        model.output_layer.register_forward_pre_hook(lambda _, inputs: positions.append(inputs[0].shape[0]))
+        return sample(policy, prompts, numbers=uniforms(len(PROMPTS))[stopping]), positions
+
+    ((responses, positions),) = on_layout(model_dir, job)
+    ends = [len(prompt) + len(ids) for prompt, (ids, _) in zip(prompts, responses, strict=True)]
+    assert positions == [1] * (max(ends) - min(len(prompt) for prompt in prompts))
 
 
 def micro_batches(responses: Sequence[Response]) -> list[MicroBatch]:
@@ -240,12 +224,12 @@ def log_likelihood(stats: TokenStats, micro_batch: MicroBatch) -> LossOutput:
 def test_the_trainer_computes_the_same_logprobs(
     model_dir: Path, layout: tuple[int, int, bool], precision: str, limit: float
 ) -> None:
-    def job(policy: Policy) -> tuple[list[float], list[float]]:
+    def job(policy: Policy) -> tuple[float, float]:
         responses = sample(policy)
-        (filled,), sums = compute_logprobs(policy, [micro_batches(responses)])
+        _, sums = compute_logprobs(policy, [micro_batches(responses)])
         total = sum(sum(logprobs) for _, logprobs in responses)
         count = sum(len(ids) for ids, _ in responses)
-        return [total / count], [sums.means()["logprob"]]
+        return total / count, sums.means()["logprob"]
 
     for sampled, trained in on_layout(model_dir, job, layout, precision=precision):
         assert sampled == pytest.approx(trained, abs=limit)
@@ -365,8 +349,10 @@ def test_the_engine_fills_its_samples(model_dir: Path) -> None:
         assert found.text or found.token_ids == (STOP,)
 
 
-def fake_engine(eos_token_id: int | None = STOP) -> tuple[NativeEngine, list[Tensor]]:
-    """An engine of one rank whose sampler notes its uniform numbers and stops at once."""
+def fake_engine(
+    eos_token_id: int | None = STOP, rank: int = 0, size: int = 1
+) -> tuple[NativeEngine, list[Tensor]]:
+    """An engine whose sampler notes its uniform numbers and stops at once."""
     seen: list[Tensor] = []
 
     def stop_at_once(prompts: Sequence[Sequence[int]], *, uniforms: Tensor, **rest: Any) -> Any:
@@ -374,10 +360,18 @@ def fake_engine(eos_token_id: int | None = STOP) -> tuple[NativeEngine, list[Ten
         return [[rest["stop_id"]] for _ in prompts], [[-0.5] for _ in prompts]
 
     tokenizer = SimpleNamespace(eos_token_id=eos_token_id, decode=lambda ids, skip_special_tokens: "")
-    engine = NativeEngine(
-        sample=stop_at_once, tokenizer=tokenizer, data_parallel_rank=0, data_parallel_size=1, is_leader=True
-    )
-    return engine, seen
+    place = {"data_parallel_rank": rank, "data_parallel_size": size, "is_leader": True}
+    return NativeEngine(sample=stop_at_once, tokenizer=tokenizer, **place), seen
+
+
+def test_data_parallel_ranks_share_the_work() -> None:
+    def on_rank(rank: int) -> list[int]:
+        engine, seen = fake_engine(rank=rank, size=2)
+        engine.refit(untouchable(), version=1)
+        assert len(engine.generate(engine_prompts(5), SETTINGS)) == 5
+        return [len(rows) for rows in seen]
+
+    assert run_on_ranks(2, on_rank) == [[9], [6]]
 
 
 def test_random_numbers_belong_to_step_prompt_and_sample() -> None:

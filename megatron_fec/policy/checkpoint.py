@@ -128,6 +128,7 @@ def load_checkpoint(policy: Policy, checkpoint: Path) -> None:
     with _torch_adam_step():
         policy.optimizer.load_state_dict(loaded["optimizer"])
     _separate_torch_adam_steps(policy)
+    policy.scheduler.num_steps = 0  # load_state_dict adds the saved count to it
     policy.scheduler.load_state_dict(loaded["scheduler"])
     rng_file = checkpoint / f"rng_{dist.get_rank():05d}.pt"
     if (

@@ -43,6 +43,13 @@ logger = logging.getLogger(__name__)
 
 BRIDGES: dict[str, type[LLMBridge]] = {"qwen2": Qwen2Bridge, "qwen3": Qwen3Bridge, "llama": LLaMABridge}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# What the model built here computes; a checkpoint that asks for something else would load and be another function.
+FIXED_SETTINGS = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+}
 VOCAB_MULTIPLE = (
     64  # columns of a vocabulary shard are a multiple of this; the rest is padding, masked everywhere
 )
@@ -86,6 +93,12 @@ def load_hf_config(path: str) -> PretrainedConfig:
         raise ConfigError(
             f"model.path={path} is a {hf_config.model_type} model; supported are {', '.join(BRIDGES)}."
         )
+    for name, supported in FIXED_SETTINGS.items():
+        if (value := getattr(hf_config, name, supported)) != supported:
+            raise ConfigError(
+                f"model.path={path} has {name}={value}; only {name}={supported} is supported. Use another checkpoint."
+            )
+    _rope_arguments(hf_config)  # raises for what GPTModel cannot compute
     return hf_config
 
 
@@ -95,8 +108,11 @@ def build_bridge(hf_config: PretrainedConfig, policy: PolicyConfig) -> LLMBridge
         "rope_theta"
     ]  # mbridge reads the name of transformers 4
     base = BRIDGES[hf_config.model_type]
+    mapping = dict(base._DIRECT_MAPPING)
+    if hf_config.tie_word_embeddings:  # mbridge's Llama does not know of tied ones, such as Llama 3.2 1B
+        mapping["output_layer.weight"] = mapping["embedding.word_embeddings.weight"]
     # A class of our own: mbridge edits the mapping of a tied model in place, on the class.
-    own = type(base.__name__, (base,), {"_DIRECT_MAPPING": dict(base._DIRECT_MAPPING)})
+    own = type(base.__name__, (base,), {"_DIRECT_MAPPING": mapping})
     if not HAS_TRANSFORMER_ENGINE:
         own._OTHER_MAPPING = LOCAL_INPUT_NORM
         own._MLP_MAPPING = base._MLP_MAPPING | LOCAL_MLP_NORM

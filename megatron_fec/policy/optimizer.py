@@ -47,6 +47,7 @@ def build_optimizer(
             lr=settings.lr,
             min_lr=0.0,
             weight_decay=settings.weight_decay,
+            adam_beta2=settings.beta2,
             bf16=is_bf16,
             params_dtype=torch.bfloat16 if is_bf16 else torch.float32,
             use_distributed_optimizer=policy.distributed_optimizer,
@@ -61,7 +62,8 @@ def build_optimizer(
         max_lr=settings.lr,
         min_lr=0.0,
         lr_warmup_steps=settings.warmup_steps,
-        lr_decay_steps=max(total_steps, settings.warmup_steps + 1) if is_cosine else CONSTANT_STEPS,
+        # megatron's count is one ahead of ours; 0 comes after the last step, which would else train nothing
+        lr_decay_steps=max(total_steps, settings.warmup_steps) + 1 if is_cosine else CONSTANT_STEPS,
         lr_decay_style="cosine" if is_cosine else "constant",
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,

@@ -61,10 +61,8 @@ def sample_responses(
                 f"prompt {number} has no token; sampling starts from at least 1. Filter empty prompts."
             )
     responses: list[tuple[list[int], list[float]]] = [([], [])] * len(prompts)
-    with (
-        torch.no_grad(),
-        _ready_to_infer(policy),
-    ):  # no_grad: megatron-core keeps RoPE tables that training will use
+    # Not torch.inference_mode: megatron-core keeps RoPE tables, which training may have to save for its backward.
+    with torch.no_grad(), _ready_to_infer(policy):
         for rows in _chunks([len(prompt) for prompt in prompts], uniforms.shape[1]):
             chunk = _decode_chunk(
                 policy, [prompts[i] for i in rows], uniforms[rows], stop_id=stop_id, temperature=temperature
@@ -108,9 +106,8 @@ def _decode_chunk(
     logprobs = torch.zeros(num_rows, total, dtype=torch.float64, device=device())
     ends = lengths + max_response_tokens
     context = StaticInferenceContext(num_rows, total)
-    seen = 0  # positions in the KV cache
     for t in range(first, total):
-        logits = _next_logits(model, layout, context, tokens[:, seen:t], start=seen)
+        logits = _next_logits(model, layout, context, tokens[:, context.sequence_len_offset : t])
         column = (t - lengths).clamp(0, max_response_tokens - 1)[:, None]
         drawn = None if logits is None else _draw(logits, uniforms.gather(1, column), temperature)
         chosen, logprob = _agreed(drawn, num_rows, layout)
@@ -118,7 +115,6 @@ def _decode_chunk(
         tokens[:, t] = torch.where(is_response, chosen, tokens[:, t])
         logprobs[:, t] = logprob
         ends = torch.where(is_response & (chosen == stop_id), t + 1, ends)
-        seen = t
         if int(ends.max()) <= t + 1:
             break
     spans = zip(lengths.tolist(), ends.tolist(), tokens.tolist(), logprobs.tolist(), strict=True)
@@ -126,9 +122,9 @@ def _decode_chunk(
 
 
 def _next_logits(
-    model: Any, layout: ParallelLayout, context: StaticInferenceContext, tokens: Tensor, *, start: int
+    model: Any, layout: ParallelLayout, context: StaticInferenceContext, tokens: Tensor
 ) -> Tensor | None:
-    """[N, V] logits after tokens [N, S], which stand at positions start, start + 1, ...; None off the last stage.
+    """[N, V] logits after tokens [N, S], which follow those in the KV cache; None off the last stage.
 
     The hidden states [S, N, hidden] go from stage to stage, each of which extends its own part of the KV cache.
     """
@@ -141,7 +137,7 @@ def _next_logits(
         model.set_input_tensor(hidden)
     output = model(
         input_ids=tokens,
-        position_ids=torch.arange(start, start + length, device=device()).expand(num_rows, length),
+        position_ids=None,  # RoPE takes them from the context
         attention_mask=None,
         inference_context=context,
         runtime_gather_output=True,
@@ -161,17 +157,17 @@ def _draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor,
     logprobs = (logits.double() / temperature).log_softmax(-1)
     cumulated = logprobs.exp().cumsum(-1)
     chosen = torch.searchsorted(cumulated, uniforms * cumulated[:, -1:], right=True)
-    chosen = chosen.clamp_max(
-        logits.shape[1] - 1
-    )  # logits of NaN: the log-prob tells, and the engine's guard stops
+    # With logits of NaN there is no choice: the log-prob then tells, and stops at the guard of the engines.
+    chosen = chosen.clamp_max(logits.shape[1] - 1)
     return chosen.squeeze(1), logprobs.gather(1, chosen).squeeze(1)
 
 
 def _agreed(
     drawn: tuple[Tensor, Tensor] | None, num_rows: int, layout: ParallelLayout
 ) -> tuple[Tensor, Tensor]:
-    """The choice and log-probs of the last stage's first tensor rank, on all ranks of the model: a sum on a GPU may
-    differ in the last bit from rank to rank, and one other token would spoil every later one.
+    """The choice and log-probs of the last stage's first tensor rank, on all TP and PP ranks.
+
+    Not left to each rank: sums on a GPU may differ in the last bit, and one other token would spoil every later one.
     """
     both = torch.empty(2, num_rows, dtype=torch.float64, device=device())  # exact for ids
     if drawn is not None:
@@ -195,13 +191,14 @@ def _ready_to_infer(policy: Policy) -> Iterator[None]:
     finally:
         for owner, name in switched_off:
             setattr(owner, name, True)
-        model.set_input_tensor(None)  # type: ignore[operator]
         policy.model.train(was_training)
 
 
 def _switch_off_sequence_parallel(model: torch.nn.Module) -> list[tuple[Any, str]]:
-    """(owner, attribute) of the switches that were on. megatron-core's set_model_to_sequence_parallel is not used:
-    it remembers modules by the address of a model, also after that model is gone.
+    """(owner, attribute) of the switches that were on.
+
+    megatron-core's set_model_to_sequence_parallel is not used: it remembers modules by the address of a model, also
+    after that model is gone.
     """
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     found = [

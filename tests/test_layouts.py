@@ -1,0 +1,159 @@
+"""The same batch and one update in every layout: one loss, one gradient, one clip set, one set of new weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from policy_fixtures import (
+    Outcome,
+    TokenKey,
+    assert_same_weights,
+    fp32,
+    make_groups,
+    old_logprob_table,
+    on_layout,
+    one_update,
+    pack_for,
+    save_model,
+)
+
+from megatron_fec.config import OptimizerConfig
+from megatron_fec.policy.step import Policy
+
+LEARNING_RATE = 0.5
+NEW_WEIGHTS = 2e-6  # of gradients below 1 at this learning rate: some 1e-6 of the largest, and the last bit of 1.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """A PolicyConfig's values, and how the batch is split."""
+
+    settings: tuple[tuple[str, Any], ...] = ()
+    data_parallel: int = 1
+    micro_batch_tokens: int = 512  # the whole batch
+
+    @property
+    def name(self) -> str:
+        parts = [f"{key}={value}" for key, value in self.settings]
+        return ",".join([*parts, f"dp={self.data_parallel}", f"tokens={self.micro_batch_tokens}"])
+
+
+def layout(data_parallel: int = 1, micro_batch_tokens: int = 512, **settings: Any) -> Layout:
+    return Layout(
+        settings=tuple(settings.items()), data_parallel=data_parallel, micro_batch_tokens=micro_batch_tokens
+    )
+
+
+ONE = layout()
+TP2, PP2 = {"tensor_parallel": 2}, {"pipeline_parallel": 2}
+SP, DISTRIBUTED = {"sequence_parallel": True}, {"distributed_optimizer": True}
+LAYOUTS = [
+    layout(micro_batch_tokens=16),
+    layout(**TP2),
+    layout(**TP2, **SP),
+    layout(**PP2),
+    layout(**PP2, micro_batch_tokens=16),
+    layout(2),
+    layout(2, micro_batch_tokens=16, **DISTRIBUTED),
+    layout(**TP2, **PP2),
+    layout(**TP2, **PP2, **SP, **DISTRIBUTED, micro_batch_tokens=32, recompute="full"),
+    layout(2, **TP2, **SP, **DISTRIBUTED, recompute="selective"),
+    layout(2, **PP2, micro_batch_tokens=32),
+    layout(4, **DISTRIBUTED),
+]
+
+
+@cache
+def model_dir(root: Path, kind: str) -> Path:
+    return save_model(root / kind, kind)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("layouts")
+
+
+@cache
+def outcome(root: Path, kind: str, chosen: Layout, *, is_sgd: bool = True) -> Outcome:
+    """What one update did, after checking that all ranks agree on it; tokens are those of the whole batch."""
+    folder = model_dir(root, kind)
+    table = old_logprob_table(folder)
+
+    def job(policy: Policy) -> Outcome:
+        if is_sgd:  # Adam's first step is the gradient's sign, which turns rounding into a whole step
+            for group in policy.optimizer.param_groups:
+                group["eps"] = 1.0
+        (batches,) = pack_for(policy, make_groups(), micro_batch_tokens=chosen.micro_batch_tokens)
+        assert (len(batches) > 1) == (chosen.micro_batch_tokens < 64)
+        return one_update(policy, batches, old_logprobs=table)
+
+    ranks = on_layout(
+        folder,
+        job,
+        fp32(**dict(chosen.settings)),
+        data_parallel=chosen.data_parallel,
+        optimizer=OptimizerConfig(lr=LEARNING_RATE, clip_grad=1e9),
+    )
+    tokens: dict[TokenKey, tuple[float, float, bool]] = {}
+    for rank in ranks:
+        assert rank.metrics == ranks[0].metrics and rank.on_policy == ranks[0].on_policy
+        assert rank.grad_norm == ranks[0].grad_norm
+        assert_same_weights(rank.weights, ranks[0].weights)
+        shared = tokens.keys() & rank.tokens.keys()  # by tensor ranks, to the last bit
+        assert {key: tokens[key] for key in shared} == {key: rank.tokens[key] for key in shared}
+        tokens |= rank.tokens
+    return replace(ranks[0], tokens=tokens)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "tied", "qwen2"])
+@pytest.mark.parametrize("chosen", LAYOUTS, ids=lambda chosen: chosen.name)
+def test_one_update_is_the_same_everywhere(root: Path, kind: str, chosen: Layout) -> None:
+    wanted, got = outcome(root, kind, ONE), outcome(root, kind, chosen)
+    assert got.tokens.keys() == wanted.tokens.keys() and len(wanted.tokens) == 67
+    for key, (logprob, entropy, is_clipped) in wanted.tokens.items():
+        # Both are fp32, with shards added up in another order.
+        assert got.tokens[key][:2] == pytest.approx((logprob, entropy), rel=1e-6, abs=4e-6)
+        assert got.tokens[key][2] == is_clipped
+    assert got.on_policy == pytest.approx(wanted.on_policy, rel=1e-6)
+    assert got.metrics == pytest.approx(wanted.metrics, rel=2e-6, abs=1e-6)
+    assert got.grad_norm == pytest.approx(wanted.grad_norm, rel=2e-6)
+    assert_same_weights(got.weights, wanted.weights, atol=NEW_WEIGHTS)
+
+
+def test_the_update_of_the_comparison_does_something(root: Path) -> None:
+    wanted = outcome(root, "qwen3", ONE)
+    before = on_layout(model_dir(root, "qwen3"), lambda policy: policy_weights(policy))[0]
+    for name, tensor in wanted.weights.items():
+        change = (tensor - before[name]).abs().max().item()
+        assert change > 500 * NEW_WEIGHTS, name
+    for name in ("clip_fraction_upper", "clip_fraction_lower", "dual_clip_fraction"):
+        assert 0 < wanted.metrics[name] < 0.5
+
+
+def policy_weights(policy: Policy) -> dict[str, Any]:
+    from policy_fixtures import copied_weights
+
+    return copied_weights(policy)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "same"),
+    [
+        (layout(recompute="full"), ONE),
+        (layout(recompute="selective"), ONE),
+        (layout(**DISTRIBUTED), ONE),
+        (layout(2, **DISTRIBUTED), layout(2)),
+        (layout(**PP2, micro_batch_tokens=16), layout(micro_batch_tokens=16)),
+    ],
+    ids=lambda chosen: chosen.name,
+)
+def test_the_same_operations_give_the_same_bits(root: Path, chosen: Layout, same: Layout) -> None:
+    got, wanted = (outcome(root, "qwen2", which, is_sgd=False) for which in (chosen, same))
+    assert got.tokens == wanted.tokens
+    assert got.metrics == wanted.metrics
+    assert got.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-6)  # squares added up in another order
+    assert_same_weights(got.weights, wanted.weights)
