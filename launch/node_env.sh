@@ -16,11 +16,12 @@ export TOKENIZERS_PARALLELISM=false
 # One intra-op thread a process: ranks share the cores, and two threads on busy cores are ten times slower.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; then
-  # Megatron's tensor and sequence parallelism relies on one hardware queue to order compute and communication.
-  export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-  # vLLM's sleep mode keeps its own memory pool, which expandable segments break: PYTORCH_CUDA_ALLOC_CONF stays unset.
-else
+# Megatron's tensor and sequence parallelism relies on one hardware queue to order compute and communication.
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+
+# vLLM's sleep mode keeps its own memory pool, which expandable segments break: PYTORCH_CUDA_ALLOC_CONF stays unset.
+
+if ! { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; }; then
   # vLLM compiles its log-prob helper even when eager: half a minute and a C++ compiler for nothing on a CPU.
   export TORCH_COMPILE_DISABLE=1
   # vLLM would pin each rank to cores of its own choice, and all ranks to the same ones.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -44,7 +45,9 @@ def quickstart(
         shutil.rmtree(previous, ignore_errors=True)
         run_dir.rename(previous)
     _launch(QUICKSTART_CONFIG, [*settings, *(overrides or [])])
-    finished = sorted(path.parent for path in runs.glob("quickstart*/report.html") if path.parent.suffix != ".previous")
+    finished = sorted(
+        path.parent for path in runs.glob("quickstart*/report.html") if path.parent.suffix != ".previous"
+    )
     if len(finished) > 1:
         comparison = runs / "quickstart_comparison.html"
         write_report(finished, comparison)
@@ -102,6 +105,7 @@ def _launch(config_path: Path, overrides: list[str], processes: int | None = Non
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
             max_restarts=0,
+            run_id=str(os.getpid()),
         )
         script = str(PROJECT / "launch" / "train.py")
         elastic_launch(launch, sys.executable)(script, "--config", str(config_path), *overrides)

@@ -18,13 +18,17 @@ def convert(checkpoint: Path, output: Path) -> None:
     """Writes `output`; checkpoint is a folder RUN/checkpoints/step_NNNNNN of a finished save."""
     run_dir = checkpoint.resolve().parents[1]
     if not (run_dir / "config.yaml").is_file():
-        raise ConfigError(f"{checkpoint} is not RUN/checkpoints/step_NNNNNN of a run: {run_dir} has no config.yaml.")
+        raise ConfigError(
+            f"{checkpoint} is not RUN/checkpoints/step_NNNNNN of a run: {run_dir} has no config.yaml."
+        )
     config = load_config(run_dir / "config.yaml")
     one_rank = replace(config.policy, tensor_parallel=1, pipeline_parallel=1, sequence_parallel=False)
     layout = initialize_parallel(one_rank, seed=config.trainer.seed)
     source = local_model(config, run_dir)
     hf_config = load_hf_config(str(source))
-    read_trainer_state(checkpoint, hf_config=hf_config, distributed_optimizer=config.policy.distributed_optimizer)
+    read_trainer_state(
+        checkpoint, hf_config=hf_config, distributed_optimizer=config.policy.distributed_optimizer
+    )
     policy = build_policy(
         str(source),
         replace(one_rank, distributed_optimizer=False),

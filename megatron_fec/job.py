@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 from omegaconf import OmegaConf
+from transformers.utils.logging import disable_progress_bar
 
 from megatron_fec.algorithm.schedules import build_schedule
 from megatron_fec.config import Config, OptimizerConfig, save_config
@@ -34,6 +35,7 @@ WARM_DIR = "warm_start"  # in the run folder: the checkpoint after the supervise
 
 def train(config: Config) -> None:
     """Checks, builds, trains, and leaves hf/ and report.html in the run folder."""
+    disable_progress_bar()  # transformers' own, one a rank for every file
     layout = initialize_parallel(config.policy, seed=config.trainer.seed)
     inputs = prepare_inputs(config, data_parallel=layout.data_parallel)
     run_dir = Path(config.trainer.run_dir)

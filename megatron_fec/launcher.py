@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import warnings
@@ -35,7 +36,7 @@ def _train(config: Config) -> None:
 
 
 def be_one_rank() -> None:
-    """Defaults for a run outside torchrun, one thread a rank on CPU, and silence about optional packages."""
+    """Defaults for a run outside torchrun, one thread a rank on CPU, and no chatter of libraries."""
     for name, value in {
         "RANK": "0",
         "WORLD_SIZE": "1",
@@ -45,4 +46,8 @@ def be_one_rank() -> None:
         os.environ.setdefault(name, value)
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", message=".*(Apex|apex|Transformer Engine|transformer_engine).*")
+    # What the libraries say about themselves at import, once a rank; none of it is in the user's hands.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for message in (".*(Apex|apex|Transformer Engine|transformer_engine)", "full scope is deprecated"):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)

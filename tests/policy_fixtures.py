@@ -6,6 +6,7 @@ Imports what the megatron-core 0.19 environment has, which is nothing above mega
 from __future__ import annotations
 
 import multiprocessing
+import queue
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from ranks import run_on_ranks
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -78,7 +80,9 @@ class Outcome:
     on_policy: dict[str, float]  # means of compute_logprobs
     metrics: dict[str, float]  # means of train_update
     grad_norm: float
-    tokens: dict[TokenKey, tuple[float, float, bool]]  # log-prob, entropy, True where the loss has no gradient
+    tokens: dict[
+        TokenKey, tuple[float, float, bool]
+    ]  # log-prob, entropy, True where the loss has no gradient
     weights: dict[str, Tensor]  # Hugging Face names, after the update
 
 
@@ -151,13 +155,19 @@ def on_layout(
     settings: PolicyConfig | None = None,
     *,
     data_parallel: int = 1,
+    has_helper: bool = False,
     **build_arguments: Any,
 ) -> list[Any]:
-    """job(policy) of every rank, in rank order; pipeline stages are the slowest axis, tensor ranks the fastest."""
+    """job(policy) of every rank, in rank order; pipeline stages are the slowest axis, tensor ranks the fastest.
+
+    has_helper: saving starts megatron-core's helper process, which takes seconds.
+    """
     chosen = settings or fp32()
 
     def on_rank(rank: int) -> Any:
         allow_children()
+        if not has_helper:
+            spare_the_helper()
         return job(build(model_dir, chosen, **build_arguments))
 
     return run_on_ranks(chosen.tensor_parallel * chosen.pipeline_parallel * data_parallel, on_rank)
@@ -166,6 +176,11 @@ def on_layout(
 def allow_children() -> None:
     """Lets this rank start processes, in which megatron-core 0.16 writes checkpoint files; a daemon may not."""
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+
+
+def spare_the_helper() -> None:
+    """Saves without megatron-core's spawned helper, a process for one queue that this process fills and empties."""
+    filesystem_async._results_queue = queue.Queue()
 
 
 def make_groups(prompts: int = PROMPTS, group_size: int = GROUP_SIZE) -> list[SampleGroup]:
@@ -281,8 +296,16 @@ def recorded(token_loss: TokenLoss, tokens: dict[TokenKey, tuple[float, float, b
         out = token_loss(stats, micro_batch)
         (gradient,) = torch.autograd.grad(out.loss_sum, stats.logprobs, retain_graph=True)
         mask = micro_batch.response_mask
-        columns = (micro_batch.sequence_ids, micro_batch.position_ids, stats.logprobs, stats.entropy, gradient)
-        for sample, position, logprob, entropy, slope in zip(*(c[mask].tolist() for c in columns), strict=True):
+        columns = (
+            micro_batch.sequence_ids,
+            micro_batch.position_ids,
+            stats.logprobs,
+            stats.entropy,
+            gradient,
+        )
+        for sample, position, logprob, entropy, slope in zip(
+            *(c[mask].tolist() for c in columns), strict=True
+        ):
             assert (sample, position) not in tokens
             tokens[sample, position] = (logprob, entropy, slope == 0.0)
         return out

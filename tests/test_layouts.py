@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from policy_fixtures import (
     Outcome,
     TokenKey,
     assert_same_weights,
+    copied_weights,
     fp32,
     make_groups,
+    nll_step,
     old_logprob_table,
     on_layout,
     one_update,
@@ -22,10 +24,12 @@ from policy_fixtures import (
 )
 
 from megatron_fec.config import OptimizerConfig
-from megatron_fec.policy.step import Policy
+from megatron_fec.policy.step import Policy, unwrapped
 
 LEARNING_RATE = 0.5
-NEW_WEIGHTS = 2e-6  # of gradients below 1 at this learning rate: some 1e-6 of the largest, and the last bit of 1.5
+NEW_WEIGHTS = (
+    2e-6  # of gradients below 1 at this learning rate: some 1e-6 of the largest, and the last bit of 1.5
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,18 +130,12 @@ def test_one_update_is_the_same_everywhere(root: Path, kind: str, chosen: Layout
 
 def test_the_update_of_the_comparison_does_something(root: Path) -> None:
     wanted = outcome(root, "qwen3", ONE)
-    before = on_layout(model_dir(root, "qwen3"), lambda policy: policy_weights(policy))[0]
+    before = on_layout(model_dir(root, "qwen3"), copied_weights)[0]
     for name, tensor in wanted.weights.items():
         change = (tensor - before[name]).abs().max().item()
         assert change > 500 * NEW_WEIGHTS, name
     for name in ("clip_fraction_upper", "clip_fraction_lower", "dual_clip_fraction"):
         assert 0 < wanted.metrics[name] < 0.5
-
-
-def policy_weights(policy: Policy) -> dict[str, Any]:
-    from policy_fixtures import copied_weights
-
-    return copied_weights(policy)
 
 
 @pytest.mark.parametrize(
@@ -157,3 +155,27 @@ def test_the_same_operations_give_the_same_bits(root: Path, chosen: Layout, same
     assert got.metrics == wanted.metrics
     assert got.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-6)  # squares added up in another order
     assert_same_weights(got.weights, wanted.weights)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "attention", "layers"), [("none", 1, 1), ("selective", 2, 1), ("full", 2, 2)]
+)
+def test_recomputing_runs_the_forward_again(root: Path, recompute: str, attention: int, layers: int) -> None:
+    """Forwards of each attention core and of each layer in one update of one micro-batch."""
+
+    def job(policy: Policy) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        (batches,) = pack_for(policy, make_groups())
+        for name, module in unwrapped(policy.model).named_modules():
+            if name.endswith("core_attention") or name.removeprefix("decoder.layers.").isdigit():
+                counts[name] = 0
+                module.register_forward_pre_hook(partial(count, counts, name))
+        nll_step(policy, batches)
+        return counts
+
+    (counts,) = on_layout(model_dir(root, "qwen3"), job, fp32(recompute=recompute))
+    assert sorted(counts.values()) == sorted([attention, layers] * 2)
+
+
+def count(counts: dict[str, int], name: str, *unused: Any) -> None:
+    counts[name] += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 from collections.abc import Callable
@@ -57,7 +58,9 @@ def steps(policy: Policy, count: int) -> Steps:
     return [nll_step(policy, batches) for _ in range(count)]
 
 
-def two_saved_and_two_more(model_dir: Path, directory: Path, settings: PolicyConfig) -> Callable[[Policy], Any]:
+def two_saved_and_two_more(
+    model_dir: Path, directory: Path, settings: PolicyConfig
+) -> Callable[[Policy], Any]:
     """Four steps with a checkpoint in the middle, then the last two again from it, in a policy of another start."""
 
     def job(policy: Policy) -> tuple[Steps, dict[str, Tensor], Steps, dict[str, Tensor], list]:
@@ -108,6 +111,44 @@ def test_resuming_changes_no_bit(
     assert [path.name for path in tmp_path.iterdir()] == ["step_000002"]
 
 
+def test_saving_with_the_helper_process_of_megatron_works(model_dir: Path, tmp_path: Path) -> None:
+    settings = fp32(distributed_optimizer=True)
+    job = two_saved_and_two_more(model_dir, tmp_path, settings)
+    for expected, weights, got, got_weights, _ in on_layout(
+        model_dir, job, settings, has_helper=True, optimizer=OPTIMIZER
+    ):
+        assert got == expected
+        assert_same_weights(got_weights, weights)
+
+
+def test_the_learning_rate_is_that_of_the_configuration(model_dir: Path, tmp_path: Path) -> None:
+    """A run that is prolonged or slowed down goes on with its new settings, at its old step."""
+
+    def save(policy: Policy) -> float:
+        steps(policy, 4)
+        save_checkpoint(policy, tmp_path, state(4), keep=2)
+        return policy.optimizer.param_groups[0]["lr"]
+
+    def load(policy: Policy) -> list[tuple[float, float, tuple]]:
+        load_checkpoint(policy, tmp_path / "step_000004")
+        found = []
+        for _ in range(2):
+            found += [(g["lr"], g["weight_decay"], tuple(g["betas"])) for g in policy.optimizer.param_groups]
+            policy.scheduler.step(1)
+        return found
+
+    changed = OptimizerConfig(lr=0.2, lr_schedule="cosine", warmup_steps=2, weight_decay=0.3, beta2=0.9)
+    for is_distributed in (False, True):
+        settings = fp32(distributed_optimizer=is_distributed)
+        (before,) = on_layout(model_dir, save, settings, optimizer=OPTIMIZER, total_steps=5)
+        assert before == pytest.approx(1e-2 * (1 + math.cos(math.pi * 1 / 3)) / 2)
+        (groups,) = on_layout(model_dir, load, settings, optimizer=changed, total_steps=9)
+        rates = [0.2 * (1 + math.cos(math.pi * step / 8)) / 2 for step in (2, 3)]
+        assert [lr for lr, _, _ in groups] == pytest.approx([rates[0], rates[0], rates[1], rates[1]])
+        assert sorted(decay for _, decay, _ in groups) == [0.0, 0.0, 0.3, 0.3]
+        assert {betas for _, _, betas in groups} == {(0.9, 0.9)}
+
+
 def test_resuming_bf16_changes_no_bit(model_dir: Path, tmp_path: Path) -> None:
     settings = fp32(precision="bf16", distributed_optimizer=True)  # with fp32 master weights
     job = two_saved_and_two_more(model_dir, tmp_path, settings)
@@ -148,9 +189,7 @@ def test_another_layout_goes_on_with_the_same_losses(
         return steps(policy, 3)
 
     options: dict[str, Any] = {"optimizer": OPTIMIZER}
-    before, after = (
-        fp32(distributed_optimizer=is_distributed, **layout) for layout in (saved_in, loaded_in)
-    )
+    before, after = (fp32(distributed_optimizer=is_distributed, **layout) for layout in (saved_in, loaded_in))
     wanted = on_layout(model_dir, save, before, data_parallel=saved_ranks, **options)[0]
     for got in on_layout(model_dir, load, after, **options):
         assert [loss for loss, _ in got] == pytest.approx([loss for loss, _ in wanted], rel=1e-6)
@@ -173,7 +212,7 @@ def test_the_model_alone_is_read_in_another_layout(model_dir: Path, tmp_path: Pa
 
 
 def test_old_checkpoints_and_half_written_ones_are_removed(model_dir: Path, tmp_path: Path) -> None:
-    half = tmp_path / ".writing_step_000009"
+    half = tmp_path / ".writing_step_000007"  # of a run that died there
     half.mkdir()
     (half / "common.pt").write_bytes(b"half")
     (tmp_path / "step_notes").mkdir()
@@ -226,16 +265,22 @@ def test_a_missing_file_is_named(checkpoint: Path, model_dir: Path) -> None:
         kept.rename(path)
 
 
-@pytest.mark.parametrize(("name", "value"), [("hidden_size", 64), ("tie_word_embeddings", True), ("model_type", "qwen2")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("hidden_size", 64), ("tie_word_embeddings", True), ("model_type", "qwen2")]
+)
 def test_another_model_is_refused(checkpoint: Path, model_dir: Path, name: str, value: Any) -> None:
     config = SimpleNamespace(**load_hf_config(str(model_dir)).to_dict())
     setattr(config, name, value)
-    with pytest.raises(ConfigError, match=rf"is of another model, its {name} is .* and that of model\.path is {value}"):
+    with pytest.raises(
+        ConfigError, match=rf"is of another model, its {name} is .* and that of model\.path is {value}"
+    ):
         read_trainer_state(checkpoint, hf_config=config, distributed_optimizer=False)
 
 
 def test_another_kind_of_optimizer_is_refused(checkpoint: Path, model_dir: Path) -> None:
-    with pytest.raises(ConfigError, match=r"policy\.distributed_optimizer=True cannot read .* saved with False"):
+    with pytest.raises(
+        ConfigError, match=r"policy\.distributed_optimizer=True cannot read .* saved with False"
+    ):
         read_trainer_state(checkpoint, hf_config=load_hf_config(str(model_dir)), distributed_optimizer=True)
 
 
@@ -247,7 +292,9 @@ def test_a_trainer_state_that_is_not_readable_is_refused(
     checkpoint: Path, model_dir: Path, content: bytes
 ) -> None:
     (checkpoint / "trainer_state.json").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"trainer_state\.json is not readable .*Remove that folder to resume"):
+    with pytest.raises(
+        ConfigError, match=r"trainer_state\.json is not readable .*Remove that folder to resume"
+    ):
         read(checkpoint, model_dir)
 
 

@@ -41,11 +41,17 @@ def changed(folder: Path, **settings: Any) -> str:
 
 @pytest.mark.parametrize(
     "rope",
-    [YARN, LLAMA3_ROPE | {"low_freq_factor": 2.0}, {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}],
+    [
+        YARN,
+        LLAMA3_ROPE | {"low_freq_factor": 2.0},
+        {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+    ],
 )
 def test_an_unsupported_rope_is_refused(llama: Path, rope: dict[str, Any]) -> None:
     kind = rope["rope_type"]
-    with pytest.raises(ConfigError, match=rf"rope_parameters=.*{kind}.* not supported; use default, linear or llama3"):
+    with pytest.raises(
+        ConfigError, match=rf"rope_parameters=.*{kind}.* not supported; use default, linear or llama3"
+    ):
         load_hf_config(changed(llama, rope_parameters=rope))
 
 
@@ -77,7 +83,9 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model\.path=.* holds no readable Hugging Face checkpoint.*config\.json"):
+    with pytest.raises(
+        ConfigError, match=r"model\.path=.* holds no readable Hugging Face checkpoint.*config\.json"
+    ):
         load_hf_config(str(tmp_path))
 
 
@@ -112,7 +120,9 @@ def test_pipeline_parallel_must_divide_the_layers() -> None:
 def test_the_layout_must_fill_the_world() -> None:
     config = PolicyConfig(tensor_parallel=2, pipeline_parallel=3)
     check_world(config, world_size=12)
-    with pytest.raises(ConfigError, match=r"tensor_parallel=2 x policy\.pipeline_parallel=3 .*= 6 must divide the 8"):
+    with pytest.raises(
+        ConfigError, match=r"tensor_parallel=2 x policy\.pipeline_parallel=3 .*= 6 must divide the 8"
+    ):
         check_world(config, world_size=8)
 
 

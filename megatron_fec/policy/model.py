@@ -20,7 +20,6 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.parallel_state import is_pipeline_first_stage
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
@@ -33,7 +32,7 @@ from megatron_fec.types import MicroBatch, TokenStats
 from megatron_fec.vocab_parallel.token_stats import token_stats
 
 try:
-    import transformer_engine  # noqa: F401
+    import transformer_engine  # noqa: F401  # pyright: ignore[reportMissingImports]  # an optional extra
 
     HAS_TRANSFORMER_ENGINE = True
 except ImportError:
@@ -104,16 +103,15 @@ def load_hf_config(path: str) -> PretrainedConfig:
 
 def build_bridge(hf_config: PretrainedConfig, policy: PolicyConfig) -> LLMBridge:
     """The mbridge of this architecture, with Megatron's configuration of this layout in `bridge.config`."""
-    hf_config.rope_theta = rope_parameters(hf_config)[
-        "rope_theta"
-    ]  # mbridge reads the name of transformers 4
+    # mbridge reads the name of transformers 4.
+    hf_config.rope_theta = rope_parameters(hf_config)["rope_theta"]
     base = BRIDGES[hf_config.model_type]
     mapping = dict(base._DIRECT_MAPPING)
     if hf_config.tie_word_embeddings:  # mbridge's Llama does not know of tied ones, such as Llama 3.2 1B
         mapping["output_layer.weight"] = mapping["embedding.word_embeddings.weight"]
     # A class of our own: mbridge edits the mapping of a tied model in place, on the class.
-    own = type(base.__name__, (base,), {"_DIRECT_MAPPING": mapping})
-    if not HAS_TRANSFORMER_ENGINE:
+    own: Any = type(base.__name__, (base,), {"_DIRECT_MAPPING": mapping})
+    if not uses_transformer_engine():
         own._OTHER_MAPPING = LOCAL_INPUT_NORM
         own._MLP_MAPPING = base._MLP_MAPPING | LOCAL_MLP_NORM
     bridge = own(
@@ -136,7 +134,8 @@ def build_model(
     vocab_size: ids with a token; the checkpoint's other rows are padding.
     """
     config: TransformerConfig = bridge.config
-    hf_config = bridge.hf_config
+    hf_config: Any = bridge.hf_config  # which mbridge annotates as AutoConfig
+    assert bridge.padded_vocab_size is not None
     model = PolicyModel(
         config=config,
         transformer_layer_spec=_block_spec(config),
@@ -221,12 +220,17 @@ def _megatron_settings(policy: PolicyConfig) -> dict[str, Any]:
     return settings
 
 
-def _block_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+def uses_transformer_engine() -> bool:
+    """Whether the layers are Transformer Engine's; it cannot run without a GPU."""
+    return HAS_TRANSFORMER_ENGINE and torch.cuda.is_available()
+
+
+def _block_spec(config: TransformerConfig) -> Any:
     """Transformer Engine's layers where they can run, else the local ones with our norm and attention."""
-    if HAS_TRANSFORMER_ENGINE and torch.cuda.is_available():
+    if uses_transformer_engine():
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
-    layer = spec.submodules
+    layer: Any = spec.submodules
     layer.input_layernorm = RMSNorm
     layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules
@@ -234,6 +238,5 @@ def _block_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmo
     if config.qk_layernorm:
         attention.q_layernorm = RMSNorm
         attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(
-        layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm
-    )
+    norm: Any = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=norm)

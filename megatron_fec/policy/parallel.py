@@ -46,14 +46,19 @@ def initialize_parallel(policy: PolicyConfig, *, seed: int) -> ParallelLayout:
         context_parallel_size=policy.context_parallel,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    tensor_group = parallel_state.get_tensor_model_parallel_group()
+    pipeline_group = parallel_state.get_pipeline_model_parallel_group()
+    data_group = parallel_state.get_data_parallel_group()
+    assert isinstance(tensor_group, dist.ProcessGroup) and isinstance(pipeline_group, dist.ProcessGroup)
+    assert isinstance(data_group, dist.ProcessGroup)
     return ParallelLayout(
         tensor_parallel=policy.tensor_parallel,
         pipeline_parallel=policy.pipeline_parallel,
         data_parallel=parallel_state.get_data_parallel_world_size(),
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        tensor_group=parallel_state.get_tensor_model_parallel_group(),
-        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
-        data_group=parallel_state.get_data_parallel_group(),
+        tensor_group=tensor_group,
+        pipeline_group=pipeline_group,
+        data_group=data_group,
         is_last_stage=parallel_state.is_pipeline_last_stage(),
     )
 

@@ -54,8 +54,7 @@ def build_policy(
     check_model_sizes(hf_config, policy)
     bridge = build_bridge(hf_config, policy)
     model, megatron_config = build_model(bridge, layout, temperature=temperature, vocab_size=vocab_size)
-    inner = model.module if hasattr(model, "module") else model
-    bridge.load_weights([inner], model_path)
+    bridge.load_weights([unwrapped(model)], model_path)
     wrapped = wrap_ddp(model, megatron_config, policy)
     built, scheduler = build_optimizer(wrapped, policy, optimizer, total_steps=total_steps)
     return Policy(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
@@ -20,7 +21,7 @@ def build_tokenizer(words: Sequence[str]) -> Qwen2Tokenizer:
     letters = sorted({letter for word in words for letter in word})
     spaced = [SPACE + word for word in words if word.isalpha()]
     prefixes = {token[:length]: None for token in spaced for length in range(2, len(token) + 1)}
-    merges = [(prefix[:-1], prefix[-1]) for prefix in prefixes]
+    merges: Any = [(prefix[:-1], prefix[-1]) for prefix in prefixes]  # as tokenizers takes them
     vocabulary = {token: index for index, token in enumerate([*letters, SPACE, *prefixes, END])}
     return Qwen2Tokenizer(
         vocab=vocabulary, merges=merges, eos_token=END, pad_token=END, unk_token=END, model_max_length=1024
@@ -32,7 +33,7 @@ def save_tiny_model(directory: Path, words: Sequence[str], *, seed: int, is_tied
 
     Heads are 32 wide, the least that vLLM's CPU attention takes; two of them and two layers allow TP 2 and PP 2.
     """
-    tokenizer = build_tokenizer(words)
+    tokenizer: Any = build_tokenizer(words)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=64,

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -23,10 +24,10 @@ COPIED_FILES = (
 )
 
 
+@torch.no_grad()  # the gather works on the parameters themselves, and autograd must not see it
 def hf_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     """(name, full tensor) of the Hugging Face checkpoint, gathered over TP and PP; every rank must iterate it all."""
-    for name, tensor in policy.bridge.export_weights([unwrapped(policy.model)]):
-        yield name, tensor.detach()
+    yield from policy.bridge.export_weights([unwrapped(policy.model)])
 
 
 def export_hf(policy: Policy, source: Path, target: Path) -> None:
@@ -39,7 +40,7 @@ def export_hf(policy: Policy, source: Path, target: Path) -> None:
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
     dist.barrier()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # a single-file checkpoint has no index, of which mbridge warns
         policy.bridge.save_weights([unwrapped(policy.model)], str(writing))
     if dist.get_rank() == 0:
