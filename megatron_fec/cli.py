@@ -87,8 +87,15 @@ def report(
     output: Annotated[Path, typer.Option(help="the HTML page to write")] = Path("report.html"),
 ) -> None:
     """Writes one self-contained page that compares runs."""
-    _said_in_one_line(lambda: write_report(run_dirs, output))
-    print(f"report      {output}")
+
+    def work() -> None:
+        try:
+            write_report(run_dirs, output)
+        except (ValueError, OSError) as error:
+            raise ConfigError(str(error)) from error
+        print(f"report      {output}")
+
+    _said_in_one_line(work)
 
 
 def _launch(config_path: Path, overrides: list[str], processes: int | None = None) -> None:

@@ -16,7 +16,7 @@ from megatron_fec.preflight import local_model
 
 def convert(checkpoint: Path, output: Path) -> None:
     """Writes `output`; checkpoint is a folder RUN/checkpoints/step_NNNNNN of a finished save."""
-    run_dir = checkpoint.resolve().parents[1]
+    run_dir = checkpoint.resolve().parent.parent
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(
             f"{checkpoint} is not RUN/checkpoints/step_NNNNNN of a run: {run_dir} has no config.yaml."

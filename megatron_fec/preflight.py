@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 from huggingface_hub import snapshot_download
@@ -18,12 +19,15 @@ from megatron_fec.policy.checkpoint import TrainerState, find_checkpoints, read_
 from megatron_fec.policy.model import load_hf_config
 from megatron_fec.policy.parallel import check_model_sizes
 from megatron_fec.policy.tiny_model import save_tiny_model
-from megatron_fec.rollout.engine import vllm_is_available
+from megatron_fec.rollout.engine import true_vocab_size, vllm_is_available
 from megatron_fec.tasks.arithmetic import VOCABULARY
 from megatron_fec.tasks.prompts import PromptSet, load_prompts
 
 EMBEDDED = "embedded"  # model.path of the small random model that is made on the spot
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them holds the vocabulary
 BYTES_PER_PARAMETER = 16  # of a checkpoint: fp32 master weight and two moments, and the weight itself
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,18 +43,42 @@ class Inputs:
 
 
 def prepare_inputs(config: Config, *, data_parallel: int) -> Inputs:
-    """Loads the small things and checks the large ones; needs torch.distributed, raises ConfigError."""
+    """Loads the small things and checks the large ones; needs torch.distributed, raises ConfigError on all ranks."""
     run_dir = Path(config.trainer.run_dir)
+    _on_all_ranks(lambda: _check_start(config, run_dir, data_parallel))
+    model_dir = _on_all_ranks(lambda: local_model(config, run_dir))
+    return _on_all_ranks(lambda: _read_inputs(config, run_dir, model_dir))
+
+
+def _on_all_ranks(work: Callable[[], Result]) -> Result:
+    """What work returns. A ConfigError of one rank, such as a disk that one node lacks, is raised on all of them."""
+    result: Result | None = None
+    own: ConfigError | None = None
+    try:
+        result = work()
+    except ConfigError as error:
+        own = error
+    faults: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, str(own) if own else None)
+    for fault in faults:
+        if fault is not None:
+            raise ConfigError(fault) from own
+    return cast(Result, result)
+
+
+def _check_start(config: Config, run_dir: Path, data_parallel: int) -> None:
     _check_engine(config)
     _check_batch(config, data_parallel)
     _check_writable(run_dir)
-    model_dir = local_model(config, run_dir)
+
+
+def _read_inputs(config: Config, run_dir: Path, model_dir: Path) -> Inputs:
     hf_config = load_hf_config(str(model_dir))
     check_model_sizes(hf_config, config.policy)
     _check_length(config, hf_config)
     _check_disk(config, run_dir, model_dir)
     checkpoint, state = _checkpoint(config, run_dir, hf_config)
-    tokenizer = _tokenizer(config, model_dir)
+    tokenizer = _tokenizer(config, model_dir, hf_config)
     return Inputs(
         model_dir=model_dir,
         tokenizer=tokenizer,
@@ -126,11 +154,22 @@ def local_model(config: Config, run_dir: Path) -> Path:
         ) from error
 
 
-def _tokenizer(config: Config, model_dir: Path) -> Any:
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    if tokenizer.eos_token_id is None:
+def _tokenizer(config: Config, model_dir: Path, hf_config: Any) -> Any:
+    where = f"model.path={config.model.path}"
+    if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):  # transformers would make an empty one
         raise ConfigError(
-            f"model.path={config.model.path}: the tokenizer has no eos_token, so no response would end. Set one."
+            f"{where} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there. Copy the model's own."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    except Exception as error:  # a broken file raises whatever its parser does
+        raise ConfigError(f"{where} holds no readable tokenizer: {error!r} Copy the model's own again.") from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"{where}: the tokenizer has no eos_token, so no response would end. Set one.")
+    if true_vocab_size(tokenizer) > hf_config.vocab_size:
+        raise ConfigError(
+            f"{where}: the tokenizer has ids up to {true_vocab_size(tokenizer) - 1}, and the checkpoint's vocab_size="
+            f"{hf_config.vocab_size} has no embedding for the last of them. Use the tokenizer that belongs to it."
         )
     return tokenizer
 

@@ -114,7 +114,7 @@ def save_model(folder: Path, kind: str) -> Path:
         else:
             model = LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=ROPES[kind]))
         # Its row for padding is 0, of which a norm has a huge gradient, and the tests feed every id.
-        model.get_input_embeddings().weight.data[VOCABULARY - 1].normal_(0, 0.1)
+        model.model.embed_tokens.weight.data[VOCABULARY - 1].normal_(0, 0.1)
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:  # norms of 1 and biases of 0 would hide one that is left out or exchanged
                 torch.nn.init.uniform_(parameter, *((0.5, 1.5) if "norm" in name else (-0.3, 0.3)))

@@ -61,7 +61,7 @@ def oracle(
 ) -> tuple[dict[TokenKey, tuple[float, float, bool]], dict[str, float], dict]:
     """(tokens, metrics with the loss, gradients) by transformers in float64 and the scalar formulas of reference.py."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
-    model.get_input_embeddings().padding_idx = None  # transformers gives the row of <pad> no gradient
+    model.model.embed_tokens.padding_idx = None  # transformers gives the row of <pad> no gradient
     table = old_logprob_table(model_dir)
     keys: list[TokenKey] = []
     chosen: list[Tensor] = []  # log-probs, with graph

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import namedtuple
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import AutoConfig
 from megatron_fec import preflight
 from megatron_fec.config import Config, ConfigError, load_config, save_config
 from megatron_fec.convert import convert
-from megatron_fec.policy.checkpoint import MODEL_SIZES, REQUIRED_FILES, STATE_FILE
+from megatron_fec.policy.checkpoint import MODEL_SIZES, STATE_FILE
 from megatron_fec.policy.tiny_model import save_tiny_model
 from megatron_fec.preflight import Inputs, prepare_inputs
 from megatron_fec.tasks.arithmetic import VOCABULARY, countdown_rows
@@ -33,11 +34,17 @@ trainer: {max_steps: 5}
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def a_world_of_one() -> Iterator[None]:
+MEGATRON_FILES = ["common.pt", "metadata.json"]
+
+
+@contextmanager
+def world_of_one() -> Iterator[None]:
+    """A group around one call: a test that forks ranks must not hand them a group."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +68,8 @@ def config_of(folder: Path, *overrides: str) -> Config:
 
 
 def prepared(folder: Path, *overrides: str, data_parallel: int = 1) -> Inputs:
-    return prepare_inputs(config_of(folder, *overrides), data_parallel=data_parallel)
+    with world_of_one():
+        return prepare_inputs(config_of(folder, *overrides), data_parallel=data_parallel)
 
 
 def edit_json(path: Path, **changes: Any) -> None:
@@ -72,7 +80,7 @@ def fake_checkpoint(run_dir: Path, model: Path, **sizes: int) -> Path:
     """A folder that looks like a finished checkpoint of the model, tensors apart."""
     folder = run_dir / "checkpoints" / "step_000003"
     folder.mkdir(parents=True)
-    for name in REQUIRED_FILES:
+    for name in MEGATRON_FILES:
         (folder / name).touch()
     hf_config = AutoConfig.from_pretrained(model)
     state = {
@@ -80,6 +88,7 @@ def fake_checkpoint(run_dir: Path, model: Path, **sizes: int) -> Path:
         "model": {name: getattr(hf_config, name) for name in MODEL_SIZES} | sizes,
         "distributed_optimizer": False,
         "world_size": 1,
+        "files": MEGATRON_FILES,
     }
     (folder / STATE_FILE).write_text(json.dumps(state))
     return folder
@@ -189,7 +198,7 @@ def test_a_tokenizer_without_an_end(model: Path, tmp_path: Path, monkeypatch: py
 def test_a_model_without_a_tokenizer(model: Path, tmp_path: Path):
     for file in model.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(ConfigError, match=r"model\.path=.* holds no readable tokenizer"):
+    with pytest.raises(ConfigError, match=r"model\.path=.* holds no tokenizer: none of tokenizer\.json"):
         prepared(tmp_path, f"model.path={model}")
 
 
@@ -267,7 +276,7 @@ def test_resume_never_with_a_checkpoint_there(model: Path, tmp_path: Path):
         prepared(tmp_path, f"model.path={model}", "trainer.resume=never")
 
 
-@pytest.mark.parametrize("name", REQUIRED_FILES)
+@pytest.mark.parametrize("name", [STATE_FILE, *MEGATRON_FILES])
 def test_a_half_written_checkpoint(model: Path, tmp_path: Path, name: str):
     (fake_checkpoint(tmp_path / "run", model) / name).unlink()
     with pytest.raises(ConfigError, match=rf"checkpoint .*step_000003 is incomplete, {name} is missing\. Remove that"):
@@ -304,17 +313,13 @@ def test_a_fault_of_one_rank_stops_all_with_its_message(tmp_path: Path):
     def job(rank: int) -> str:
         run_dir = tmp_path / ("run" if rank == 0 else "file/run")
         with pytest.raises(ConfigError) as error:
-            prepared(tmp_path / str(rank), f"trainer.run_dir={run_dir}")
+            prepare_inputs(config_of(tmp_path / str(rank), f"trainer.run_dir={run_dir}"), data_parallel=2)
         return str(error.value)
 
     (tmp_path / "file").touch()
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
-    dist.destroy_process_group()
-    try:
-        messages = run_on_ranks(2, job)
-    finally:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    messages = run_on_ranks(2, job, deadline=30.0)
     assert messages[0] == messages[1]
     assert "file/run cannot be written: Not a directory" in messages[0]
 
@@ -330,5 +335,12 @@ def test_convert_wants_a_whole_checkpoint_of_the_model(model: Path, tmp_path: Pa
     config = config_of(tmp_path, f"model.path={model}")
     checkpoint = fake_checkpoint(tmp_path / "run", model, hidden_size=96)
     save_config(config, tmp_path / "run" / "config.yaml")
-    with pytest.raises(ConfigError, match=r"is of another model, its hidden_size is 96"):
-        in_a_fork(convert, checkpoint, tmp_path / "out")
+
+    def job(rank: int) -> str:
+        with pytest.raises(ConfigError) as error:
+            convert(checkpoint, tmp_path / "out")
+        return str(error.value)
+
+    [message] = run_on_ranks(1, job)
+    assert "is of another model, its hidden_size is 96" in message
+    assert not (tmp_path / "out").exists()

@@ -121,14 +121,17 @@ def save_checkpoint(policy: Policy, directory: Path, state: TrainerState, *, kee
 
 
 def load_checkpoint(policy: Policy, checkpoint: Path) -> None:
-    """Fills model, optimizer, learning-rate schedule and this rank's RNGs; the layout may differ from the saving one."""
+    """Fills model, optimizer, the schedule's step and this rank's RNGs; the layout may differ from the saving one."""
     _allocate_torch_adam(policy)
     wanted = _sharded_state(policy, is_loading=True)
     settings = [_settings(group) for group in policy.optimizer.param_groups]
     loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(checkpoint))  # type: ignore[assignment]
     unwrapped(policy.model).load_state_dict(loaded["model"])
+    saved = loaded["optimizer"]
+    for group in saved.get("optimizer", saved)["param_groups"]:
+        group["max_lr"] = settings[0]["max_lr"]  # by which megatron-core 0.19 finds the group
     with _torch_adam_step():
-        policy.optimizer.load_state_dict(loaded["optimizer"])
+        policy.optimizer.load_state_dict(saved)
     _separate_torch_adam_steps(policy)
     # Rates and the length of the run are those of the configuration, which may have changed since the save.
     for group, own in zip(policy.optimizer.param_groups, settings, strict=True):

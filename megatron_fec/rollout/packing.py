@@ -46,7 +46,7 @@ def pack(
     """This data-parallel rank's micro-batches, [update][micro-batch].
 
     An update holds as many samples as `prompts_per_update` prompts have, drawn without replacement from the whole step:
-    siblings in one update would cancel each other's gradient, and no ratio would come near a clip bound
+    siblings in one update cancel part of each other's gradient, and fewer tokens reach a clip bound
     (docs/equations.md). In one update all ranks have equally many micro-batches, all of one length T: the pipeline
     schedule sends one shape. sequence_ids are p * G + g, in every layout. Advantages are 0 until `with_advantages`:
     rewards may still be on their way.
