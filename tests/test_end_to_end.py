@@ -1,0 +1,378 @@
+"""Whole runs in processes of their own: torchrun, launch/train.py, files on disk.
+
+A policy is warm-started once, on the embedded task; the runs then reinforce it on sixteen puzzles in a file, which is
+little enough for twenty steps to show. All are fp32 and seeded, so that "equal" means bit for bit where nothing else is said.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_fec.config import load_config
+from megatron_fec.rollout.engine import vllm_is_available
+from megatron_fec.tasks.arithmetic import countdown_rows
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = str(ROOT / "configs" / "tiny_cpu.yaml")
+DEADLINE = 150.0  # seconds for one run; they take 10 to 40
+NUM_PUZZLES = 16
+SETTINGS = {  # all that the results depend on and that the file may choose otherwise
+    "policy.tensor_parallel": 1,
+    "policy.precision": "fp32",
+    "optimizer.lr": 3e-4,
+    "algorithm.prompts_per_update": 4,
+    "algorithm.epochs": 2,
+    "algorithm.thresholds.upper": "[-0.25,0.5]",
+    "algorithm.thresholds.lower": "[-0.13,0.3]",
+    "algorithm.schedule.name": "id",
+    "algorithm.schedule.total_steps": 20,
+    "rollout.engine": "native",
+    "rollout.tensor_parallel": 1,
+    "rollout.prompts_per_step": 16,
+    "rollout.group_size": 8,
+    "data.validation": "null",
+    "warm_start.steps": 0,
+    "trainer.max_steps": 20,
+    "trainer.save_every": 0,
+    "trainer.eval_every": 0,
+    "trainer.seed": 1,
+}
+TWO_STEPS = {"trainer.max_steps": 2, "trainer.save_every": 3}
+needs_vllm = pytest.mark.skipif(not vllm_is_available(), reason="vllm is not installed")
+
+Row = dict[str, Any]
+
+
+# ------------------------------------------------------------------ starting runs
+
+
+def command(run_dir: Path, settings: dict[str, Any], processes: int) -> list[str]:
+    """torchrun where there are several ranks, else the script alone."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    merged = SETTINGS | {"trainer.run_dir": run_dir} | settings
+    overrides = [f"{key}={value}" for key, value in merged.items()]
+    return [*start, str(ROOT / "launch" / "train.py"), "--config", CONFIG, *overrides]
+
+
+@contextmanager
+def started(run_dir: Path, settings: dict[str, Any], processes: int = 1) -> Iterator[subprocess.Popen[str]]:
+    """The run as a child in a session of its own, which is gone at the end."""
+    with socket.socket() as probe:  # the port of a run without torchrun
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    child = subprocess.Popen(
+        command(run_dir, settings, processes),
+        cwd=ROOT,
+        env=os.environ | {"MASTER_PORT": str(port), "WANDB_SILENT": "true"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield child
+    finally:
+        try:
+            os.killpg(child.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        child.communicate()
+
+
+def outcome(run_dir: Path, settings: dict[str, Any], processes: int = 1) -> tuple[int, str]:
+    """(exit code, all output) of a run that must end before the deadline."""
+    with started(run_dir, settings, processes) as child:
+        text, _ = child.communicate(timeout=DEADLINE)
+        return child.returncode, text
+
+
+def train(run_dir: Path, settings: dict[str, Any], processes: int = 1) -> Path:
+    code, text = outcome(run_dir, settings, processes)
+    assert code == 0, text
+    return run_dir
+
+
+# ------------------------------------------------------------------ reading runs
+
+
+def rows_of(run_dir: Path) -> list[Row]:
+    """Rows of metrics.jsonl without what the clock decides."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    is_timed = ("timers/", "train_rollouts/tokens_per_second")
+    return [{key: value for key, value in row.items() if not key.startswith(is_timed)} for row in rows]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    first, second = weights_of(one), weights_of(other)
+    assert first
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def without_newest_checkpoint(run_dir: Path, target: Path) -> Path:
+    """A copy of a finished run as it was before its last save; the rows after that save stay, as after a crash."""
+    shutil.copytree(run_dir, target)
+    checkpoints = sorted((target / "checkpoints").iterdir())
+    assert [path.name for path in checkpoints] == ["step_000005", "step_000010"]
+    shutil.rmtree(checkpoints[-1])
+    shutil.rmtree(target / "hf")
+    return target
+
+
+# ------------------------------------------------------------------ runs that several tests look at
+
+
+@pytest.fixture(scope="module")
+def puzzles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "puzzles.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in countdown_rows("train")[:NUM_PUZZLES]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy that writes expressions and seldom the right one: 150 supervised steps and one of reinforcement."""
+    embedded = {"model.path": "embedded", "data.train": "embedded:countdown", "warm_start.steps": 150}
+    return train(tmp_path_factory.mktemp("warm") / "run", embedded | {"trainer.max_steps": 1}) / "warm_start"
+
+
+@pytest.fixture(scope="module")
+def task(warm: Path, puzzles: Path) -> dict[str, Any]:
+    return {"model.path": warm, "data.train": puzzles}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, task: dict[str, Any]) -> Path:
+    """Twenty steps in one process, checkpoints at 5, 10, 15 and 20, the last two kept."""
+    return train(tmp_path_factory.mktemp("undisturbed") / "run", task | LONG | {"data.validation": task["data.train"]})
+
+
+LONG = {"rollout.group_size": 16, "trainer.save_every": 5, "trainer.eval_every": 20, "trainer.eval_samples": 4}
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory, task: dict[str, Any]) -> Row:
+    """The first step on one process, with which layouts are compared."""
+    return rows_of(train(tmp_path_factory.mktemp("one_rank") / "run", task | TWO_STEPS))[0]
+
+
+# ------------------------------------------------------------------ learning and what a run leaves
+
+
+def test_twenty_steps_raise_the_reward(undisturbed: Path):
+    rewards = [row["train_rollouts/reward"] for row in rows_of(undisturbed)]
+    assert len(rewards) == 20
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.25  # measured: from 0.12 to 0.69
+    entropies = [row["train_rollouts/entropy"] for row in rows_of(undisturbed)]
+    assert entropies[-1] < entropies[0]
+
+
+def test_a_run_leaves_its_settings(undisturbed: Path, puzzles: Path):
+    config = load_config(undisturbed / "config.yaml")
+    assert (config.data.train, config.optimizer.lr, config.trainer.run_dir) == (str(puzzles), 3e-4, str(undisturbed))
+    assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir()) == ["step_000015", "step_000020"]
+    assert sorted(path.name for path in undisturbed.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "hf",
+        "metrics.jsonl",
+        "report.html",
+    ]
+
+
+def test_a_run_leaves_its_metrics(undisturbed: Path):
+    rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(20))
+    promised = {
+        "train_rollouts/": "reward entropy response_length truncated mismatch",
+        "train_optim/": "loss grad_norm eps_upper_mean eps_lower_mean clip_fraction_upper clip_fraction_lower "
+        "ratio_moved",
+        "timers/": "generate logprobs train refit step",
+    }
+    keys = {prefix + name for prefix, names in promised.items() for name in names.split()}
+    assert all(keys <= row.keys() for row in rows)
+    assert all(isinstance(value, int | float) for row in rows for value in row.values())
+    validation = {key: value for key, value in rows[-1].items() if key.startswith("val_rollouts/")}
+    ks = ["mean_at_k/4", "pass_at_k/1", "pass_at_k/2", "pass_at_k/4"]
+    assert sorted(validation) == [f"val_rollouts/{name}" for name in ks]
+    assert 0.25 < validation["val_rollouts/pass_at_k/1"] <= validation["val_rollouts/pass_at_k/4"] <= 1
+    assert not any(key.startswith("val_rollouts/") for row in rows[:-1] for key in row)
+
+
+def test_a_run_leaves_a_report(undisturbed: Path):
+    page = (undisturbed / "report.html").read_text()
+    assert "20 steps" in page
+    assert page.count("data:image/svg+xml;base64,") >= 9
+
+
+def test_transformers_answers_with_the_trained_weights(undisturbed: Path, warm: Path):
+    model = AutoModelForCausalLM.from_pretrained(undisturbed / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(undisturbed / "hf")
+    prompt = countdown_rows("train")[0]["prompt"][0]["content"]
+    inputs = tokenizer(prompt, return_tensors="pt")
+    answer = model.generate(**inputs, do_sample=False, max_new_tokens=16)[0, inputs["input_ids"].shape[1] :]
+    assert answer[-1] == tokenizer.eos_token_id
+    text = tokenizer.decode(answer, skip_special_tokens=True)
+    assert set(prompt[:3]) <= set(text)  # it uses the puzzle's numbers
+    before, after = weights_of(warm), weights_of(undisturbed / "hf")
+    assert before.keys() == after.keys()
+    assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+
+
+def test_convert_equals_the_export_of_the_run(undisturbed: Path, tmp_path: Path):
+    checkpoint = undisturbed / "checkpoints" / "step_000020"
+    arguments = ["convert", str(checkpoint), str(tmp_path / "hf")]
+    code = "from megatron_fec.cli import app; app()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same_weights(tmp_path / "hf", undisturbed / "hf")
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").eos_token_id is not None
+
+
+# ------------------------------------------------------------------ interruptions
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(undisturbed: Path, task: dict[str, Any], tmp_path: Path):
+    settings = task | LONG | {"data.validation": task["data.train"]}
+    run_dir = tmp_path / "run"
+    metrics = run_dir / "metrics.jsonl"
+    with started(run_dir, settings) as child:
+        end = time.monotonic() + DEADLINE
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 7):
+            assert child.poll() is None, child.communicate()[0]
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        child.kill()  # the rank alone, as the kernel does when memory runs out
+        assert child.wait() == -signal.SIGKILL
+    killed_at = len(rows_of(run_dir))
+    assert 7 <= killed_at < 20
+    assert not (run_dir / "hf").exists()
+    code, text = outcome(run_dir, settings)
+    assert code == 0, text
+    assert f"resumed from {run_dir / 'checkpoints' / 'step_0000'}" in text
+    assert rows_of(run_dir) == rows_of(undisturbed)
+    assert_same_weights(run_dir / "hf", undisturbed / "hf")
+
+
+@pytest.mark.parametrize("engine", ["native", pytest.param("vllm", marks=needs_vllm)])
+def test_ten_steps_equal_five_and_resume_and_five(task: dict[str, Any], tmp_path: Path, engine: str):
+    """On TP 2, with a decaying learning rate and OD, which keeps a mode and the entropy of the first step."""
+    settings = task | {
+        "policy.tensor_parallel": 2,
+        "rollout.tensor_parallel": 2,
+        "rollout.engine": engine,
+        "optimizer.lr_schedule": "cosine",
+        "algorithm.schedule.name": "od",
+        "algorithm.schedule.h_min_ratio": 0.95,  # so near that the mode turns before the save
+        "trainer.max_steps": 10,
+        "trainer.save_every": 5,
+    }
+    whole = train(tmp_path / "whole", settings, processes=2)
+    modes = [row["train_optim/weight_upper"] for row in rows_of(whole)]
+    assert len(set(modes[:5])) == 2, modes
+    resumed = without_newest_checkpoint(whole, tmp_path / "resumed")
+    train(resumed, settings, processes=2)
+    assert rows_of(resumed) == rows_of(whole)
+    assert_same_weights(resumed / "hf", whole / "hf")
+
+
+# ------------------------------------------------------------------ layouts
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "engine"),
+    [(2, 2, "native"), (2, 1, "native"), pytest.param(2, 1, "vllm", marks=needs_vllm)],
+)
+def test_four_processes_take_the_first_step_of_one(
+    one_rank: Row, task: dict[str, Any], tmp_path: Path, tensor: int, pipeline: int, engine: str
+):
+    """TP 2 x PP 2, and DP 2 x TP 2. Loss and entropy are sums in another order."""
+    layout = {
+        "policy.tensor_parallel": tensor,
+        "policy.pipeline_parallel": pipeline,
+        "rollout.engine": engine,
+        "rollout.tensor_parallel": tensor,
+    }
+    row = rows_of(train(tmp_path / "run", task | TWO_STEPS | layout, processes=4))[0]
+    assert row["train_rollouts/mismatch"] < 1e-5
+    if engine == "native":  # the same samples in every layout; vLLM draws its own
+        assert row["train_rollouts/reward"] == one_rank["train_rollouts/reward"]
+        assert row["train_rollouts/entropy"] == pytest.approx(one_rank["train_rollouts/entropy"], rel=1e-6)
+        assert row["train_optim/loss"] == pytest.approx(one_rank["train_optim/loss"], rel=1e-3, abs=1e-6)
+        assert row["train_optim/grad_norm"] == pytest.approx(one_rank["train_optim/grad_norm"], rel=1e-3)
+    else:
+        assert row["train_rollouts/entropy"] == pytest.approx(one_rank["train_rollouts/entropy"], rel=0.05)
+
+
+# ------------------------------------------------------------------ guards and bad input
+
+
+def test_engine_and_trainer_that_disagree_stop_all_ranks(task: dict[str, Any], tmp_path: Path):
+    layout = {"policy.tensor_parallel": 2, "rollout.mismatch_limit": 1e-12}
+    code, text = outcome(tmp_path / "run", task | TWO_STEPS | layout, processes=2)
+    assert code == 1
+    assert text.count("RuntimeError: step 0: trainer and engine log-probs differ by") == 2
+    assert "more than rollout.mismatch_limit=1e-12" in text
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+
+
+def test_a_broken_line_stops_before_any_weight(task: dict[str, Any], puzzles: Path, tmp_path: Path):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(puzzles.read_text() + "{half a line\n")
+    settings = task | {"data.train": broken, "policy.tensor_parallel": 2}
+    processes = 2
+    code, text = outcome(tmp_path / "run", settings, processes)
+    said = f"error: data.train={broken} is broken JSON in line {NUM_PUZZLES + 1}: "
+    assert text.count(said) == 1, text
+    assert "Mend or delete it." in text
+    assert text.count("exitcode  : 2") == processes, text
+    assert code != 0
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_the_command_ends_with_the_exit_code_of_its_ranks(tmp_path: Path):
+    code = "from megatron_fec.cli import app; app()"
+    overrides = [f"model.path={tmp_path}", f"trainer.run_dir={tmp_path / 'run'}", "rollout.engine=native"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", "--config", CONFIG, *overrides],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count(f"error: model.path={tmp_path} holds no readable Hugging Face checkpoint") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_wandb_offline_writes_its_folder(task: dict[str, Any], tmp_path: Path):
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    run_dir = train(tmp_path / "run", task | TWO_STEPS | {"trainer.wandb": "offline"})
+    assert list((run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(rows_of(run_dir)) == 2
