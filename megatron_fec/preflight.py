@@ -156,14 +156,18 @@ def local_model(config: Config, run_dir: Path) -> Path:
 
 def _tokenizer(config: Config, model_dir: Path, hf_config: Any) -> Any:
     where = f"model.path={config.model.path}"
-    if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):  # transformers would make an empty one
+    if not any(
+        (model_dir / name).is_file() for name in TOKENIZER_FILES
+    ):  # transformers would make an empty one
         raise ConfigError(
             f"{where} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there. Copy the model's own."
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
     except Exception as error:  # a broken file raises whatever its parser does
-        raise ConfigError(f"{where} holds no readable tokenizer: {error!r} Copy the model's own again.") from error
+        raise ConfigError(
+            f"{where} holds no readable tokenizer: {error!r} Copy the model's own again."
+        ) from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"{where}: the tokenizer has no eos_token, so no response would end. Set one.")
     if true_vocab_size(tokenizer) > hf_config.vocab_size:

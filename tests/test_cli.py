@@ -26,7 +26,9 @@ def refusal(*arguments: str) -> str:
 
 def make_run(folder: Path, *, schedule: str, rewards: list[float]) -> Path:
     folder.mkdir()
-    (folder / "config.yaml").write_text(f"algorithm: {{schedule: {{name: {schedule}}}}}\ntrainer: {{max_steps: 2}}\n")
+    (folder / "config.yaml").write_text(
+        f"algorithm: {{schedule: {{name: {schedule}}}}}\ntrainer: {{max_steps: 2}}\n"
+    )
     rows = [{"step": step, "train_rollouts/reward": reward} for step, reward in enumerate(rewards)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -46,7 +48,10 @@ def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["train", "--config", TINY, "polcy.tensor_parallel=2"], "Did you mean policy?"),
         (["train", "--config", TINY, "trainer.max_step=2"], "Did you mean trainer.max_steps?"),
-        (["train", "--config", TINY, "trainer.max_steps=81"], "algorithm.schedule.total_steps=80 must be at least"),
+        (
+            ["train", "--config", TINY, "trainer.max_steps=81"],
+            "algorithm.schedule.total_steps=80 must be at least",
+        ),
         (["train", "--config", TINY, "trainer.max_steps=two"], "trainer.max_steps in "),
         (["train", "--config", TINY, "[red]"], "override '[red]' must have the form key=value"),
         (["train", "--config", "configs/none.yaml"], "--config configs/none.yaml does not exist"),

@@ -1,11 +1,12 @@
 """Whole runs in processes of their own: torchrun, launch/train.py, files on disk.
 
-A policy is warm-started once, on the embedded task; the runs then reinforce it on sixteen puzzles in a file, which is
-little enough for twenty steps to show. All are fp32 and seeded, so that "equal" means bit for bit where nothing else is said.
+A policy is warm-started once, on the embedded task; the runs then reinforce it on sixteen puzzles in a file,
+few enough for twenty steps to show. All are fp32 and seeded: "equal" means bit for bit where nothing else is said.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = str(ROOT / "configs" / "tiny_cpu.yaml")
 DEADLINE = 150.0  # seconds for one run; they take 10 to 40
+COMMAND = "from megatron_fec.cli import app; app()"  # the console script, wherever it is installed
 NUM_PUZZLES = 16
 SETTINGS = {  # all that the results depend on and that the file may choose otherwise
     "policy.tensor_parallel": 1,
@@ -56,6 +58,13 @@ SETTINGS = {  # all that the results depend on and that the file may choose othe
     "trainer.seed": 1,
 }
 TWO_STEPS = {"trainer.max_steps": 2, "trainer.save_every": 3}
+LONG = {
+    "rollout.group_size": 16,
+    "trainer.save_every": 5,
+    "trainer.eval_every": 20,
+    "trainer.eval_samples": 4,
+}
+HAS_WANDB = importlib.util.find_spec("wandb") is not None
 needs_vllm = pytest.mark.skipif(not vllm_is_available(), reason="vllm is not installed")
 
 Row = dict[str, Any]
@@ -64,24 +73,34 @@ Row = dict[str, Any]
 # ------------------------------------------------------------------ starting runs
 
 
-def command(run_dir: Path, settings: dict[str, Any], processes: int) -> list[str]:
-    """torchrun where there are several ranks, else the script alone."""
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+def command(run_dir: Path, settings: dict[str, Any], processes: int, launcher: str) -> list[str]:
+    script = str(ROOT / "launch" / "train.py")
+    start = {
+        "script": [script],
+        "torchrun": [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+            script,
+        ],
+        "megatron-fec": ["-c", COMMAND, "train", "--processes", str(processes)],
+    }[launcher]
     merged = SETTINGS | {"trainer.run_dir": run_dir} | settings
-    overrides = [f"{key}={value}" for key, value in merged.items()]
-    return [*start, str(ROOT / "launch" / "train.py"), "--config", CONFIG, *overrides]
+    return [sys.executable, *start, "--config", CONFIG, *(f"{key}={value}" for key, value in merged.items())]
 
 
 @contextmanager
-def started(run_dir: Path, settings: dict[str, Any], processes: int = 1) -> Iterator[subprocess.Popen[str]]:
+def started(
+    run_dir: Path, settings: dict[str, Any], processes: int = 1, launcher: str = "script"
+) -> Iterator[subprocess.Popen[str]]:
     """The run as a child in a session of its own, which is gone at the end."""
     with socket.socket() as probe:  # the port of a run without torchrun
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     child = subprocess.Popen(
-        command(run_dir, settings, processes),
+        command(run_dir, settings, processes, launcher),
         cwd=ROOT,
         env=os.environ | {"MASTER_PORT": str(port), "WANDB_SILENT": "true"},
         stdout=subprocess.PIPE,
@@ -92,22 +111,22 @@ def started(run_dir: Path, settings: dict[str, Any], processes: int = 1) -> Iter
     try:
         yield child
     finally:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         child.communicate()
 
 
-def outcome(run_dir: Path, settings: dict[str, Any], processes: int = 1) -> tuple[int, str]:
-    """(exit code, all output) of a run that must end before the deadline."""
-    with started(run_dir, settings, processes) as child:
+def outcome(
+    run_dir: Path, settings: dict[str, Any], processes: int = 1, launcher: str = "script"
+) -> tuple[int, str]:
+    """(exit code, all output) of a run that must end before the deadline, all its ranks included."""
+    with started(run_dir, settings, processes, launcher) as child:
         text, _ = child.communicate(timeout=DEADLINE)
         return child.returncode, text
 
 
 def train(run_dir: Path, settings: dict[str, Any], processes: int = 1) -> Path:
-    code, text = outcome(run_dir, settings, processes)
+    code, text = outcome(run_dir, settings, processes, "torchrun" if processes > 1 else "script")
     assert code == 0, text
     return run_dir
 
@@ -123,7 +142,11 @@ def rows_of(run_dir: Path) -> list[Row]:
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
@@ -168,16 +191,16 @@ def task(warm: Path, puzzles: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, task: dict[str, Any]) -> Path:
     """Twenty steps in one process, checkpoints at 5, 10, 15 and 20, the last two kept."""
-    return train(tmp_path_factory.mktemp("undisturbed") / "run", task | LONG | {"data.validation": task["data.train"]})
-
-
-LONG = {"rollout.group_size": 16, "trainer.save_every": 5, "trainer.eval_every": 20, "trainer.eval_samples": 4}
+    return train(
+        tmp_path_factory.mktemp("undisturbed") / "run", task | LONG | {"data.validation": task["data.train"]}
+    )
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory, task: dict[str, Any]) -> Row:
-    """The first step on one process, with which layouts are compared."""
-    return rows_of(train(tmp_path_factory.mktemp("one_rank") / "run", task | TWO_STEPS))[0]
+def one_rank(tmp_path_factory: pytest.TempPathFactory, task: dict[str, Any]) -> Path:
+    """Two steps on one process, with which layouts are compared; seen by wandb where that is installed."""
+    tracking = {"trainer.wandb": "offline" if HAS_WANDB else "off"}
+    return train(tmp_path_factory.mktemp("one_rank") / "run", task | TWO_STEPS | tracking)
 
 
 # ------------------------------------------------------------------ learning and what a run leaves
@@ -193,8 +216,15 @@ def test_twenty_steps_raise_the_reward(undisturbed: Path):
 
 def test_a_run_leaves_its_settings(undisturbed: Path, puzzles: Path):
     config = load_config(undisturbed / "config.yaml")
-    assert (config.data.train, config.optimizer.lr, config.trainer.run_dir) == (str(puzzles), 3e-4, str(undisturbed))
-    assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir()) == ["step_000015", "step_000020"]
+    assert (config.data.train, config.optimizer.lr, config.trainer.run_dir) == (
+        str(puzzles),
+        3e-4,
+        str(undisturbed),
+    )
+    assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir()) == [
+        "step_000015",
+        "step_000020",
+    ]
     assert sorted(path.name for path in undisturbed.iterdir()) == [
         "checkpoints",
         "config.yaml",
@@ -230,7 +260,7 @@ def test_a_run_leaves_a_report(undisturbed: Path):
 
 
 def test_transformers_answers_with_the_trained_weights(undisturbed: Path, warm: Path):
-    model = AutoModelForCausalLM.from_pretrained(undisturbed / "hf")
+    model: Any = AutoModelForCausalLM.from_pretrained(undisturbed / "hf")
     tokenizer = AutoTokenizer.from_pretrained(undisturbed / "hf")
     prompt = countdown_rows("train")[0]["prompt"][0]["content"]
     inputs = tokenizer(prompt, return_tensors="pt")
@@ -246,9 +276,12 @@ def test_transformers_answers_with_the_trained_weights(undisturbed: Path, warm: 
 def test_convert_equals_the_export_of_the_run(undisturbed: Path, tmp_path: Path):
     checkpoint = undisturbed / "checkpoints" / "step_000020"
     arguments = ["convert", str(checkpoint), str(tmp_path / "hf")]
-    code = "from megatron_fec.cli import app; app()"
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE
+        [sys.executable, "-c", COMMAND, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
     )
     assert done.returncode == 0, done.stderr
     assert_same_weights(tmp_path / "hf", undisturbed / "hf")
@@ -258,7 +291,9 @@ def test_convert_equals_the_export_of_the_run(undisturbed: Path, tmp_path: Path)
 # ------------------------------------------------------------------ interruptions
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(undisturbed: Path, task: dict[str, Any], tmp_path: Path):
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    undisturbed: Path, task: dict[str, Any], tmp_path: Path
+):
     settings = task | LONG | {"data.validation": task["data.train"]}
     run_dir = tmp_path / "run"
     metrics = run_dir / "metrics.jsonl"
@@ -280,16 +315,15 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(undisturbed: Path, task
     assert_same_weights(run_dir / "hf", undisturbed / "hf")
 
 
-@pytest.mark.parametrize("engine", ["native", pytest.param("vllm", marks=needs_vllm)])
-def test_ten_steps_equal_five_and_resume_and_five(task: dict[str, Any], tmp_path: Path, engine: str):
-    """On TP 2, with a decaying learning rate and OD, which keeps a mode and the entropy of the first step."""
+def test_ten_steps_equal_five_and_resume_and_five(task: dict[str, Any], tmp_path: Path):
+    """On TP 2, with vLLM where it is, a decaying learning rate, and OD: it keeps a mode and the first entropy."""
     settings = task | {
         "policy.tensor_parallel": 2,
         "rollout.tensor_parallel": 2,
-        "rollout.engine": engine,
+        "rollout.engine": "vllm" if vllm_is_available() else "native",
         "optimizer.lr_schedule": "cosine",
         "algorithm.schedule.name": "od",
-        "algorithm.schedule.h_min_ratio": 0.95,  # so near that the mode turns before the save
+        "algorithm.schedule.h_min_ratio": 0.99,  # so near that the mode turns before the save
         "trainer.max_steps": 10,
         "trainer.save_every": 5,
     }
@@ -310,9 +344,9 @@ def test_ten_steps_equal_five_and_resume_and_five(task: dict[str, Any], tmp_path
     [(2, 2, "native"), (2, 1, "native"), pytest.param(2, 1, "vllm", marks=needs_vllm)],
 )
 def test_four_processes_take_the_first_step_of_one(
-    one_rank: Row, task: dict[str, Any], tmp_path: Path, tensor: int, pipeline: int, engine: str
+    one_rank: Path, task: dict[str, Any], tmp_path: Path, tensor: int, pipeline: int, engine: str
 ):
-    """TP 2 x PP 2, and DP 2 x TP 2. Loss and entropy are sums in another order."""
+    """TP 2 x PP 2, and DP 2 x TP 2; sums in another order differ by fp32 noise, and the loss is a small difference."""
     layout = {
         "policy.tensor_parallel": tensor,
         "policy.pipeline_parallel": pipeline,
@@ -320,24 +354,30 @@ def test_four_processes_take_the_first_step_of_one(
         "rollout.tensor_parallel": tensor,
     }
     row = rows_of(train(tmp_path / "run", task | TWO_STEPS | layout, processes=4))[0]
+    expected = rows_of(one_rank)[0]
     assert row["train_rollouts/mismatch"] < 1e-5
     if engine == "native":  # the same samples in every layout; vLLM draws its own
-        assert row["train_rollouts/reward"] == one_rank["train_rollouts/reward"]
-        assert row["train_rollouts/entropy"] == pytest.approx(one_rank["train_rollouts/entropy"], rel=1e-6)
-        assert row["train_optim/loss"] == pytest.approx(one_rank["train_optim/loss"], rel=1e-3, abs=1e-6)
-        assert row["train_optim/grad_norm"] == pytest.approx(one_rank["train_optim/grad_norm"], rel=1e-3)
+        assert row["train_rollouts/reward"] == expected["train_rollouts/reward"]
+        assert row["train_rollouts/entropy"] == pytest.approx(expected["train_rollouts/entropy"], rel=1e-6)
+        assert row["train_optim/loss"] == pytest.approx(expected["train_optim/loss"], rel=1e-3)
+        assert row["train_optim/grad_norm"] == pytest.approx(expected["train_optim/grad_norm"], rel=1e-3)
     else:
-        assert row["train_rollouts/entropy"] == pytest.approx(one_rank["train_rollouts/entropy"], rel=0.05)
+        assert row["train_rollouts/entropy"] == pytest.approx(expected["train_rollouts/entropy"], rel=0.05)
+
+
+@pytest.mark.skipif(not HAS_WANDB, reason="wandb is not installed")
+def test_wandb_offline_writes_its_folder(one_rank: Path):
+    assert len(list((one_rank / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
 
 
 # ------------------------------------------------------------------ guards and bad input
 
 
 def test_engine_and_trainer_that_disagree_stop_all_ranks(task: dict[str, Any], tmp_path: Path):
-    layout = {"policy.tensor_parallel": 2, "rollout.mismatch_limit": 1e-12}
-    code, text = outcome(tmp_path / "run", task | TWO_STEPS | layout, processes=2)
-    assert code == 1
-    assert text.count("RuntimeError: step 0: trainer and engine log-probs differ by") == 2
+    settings = task | TWO_STEPS | {"policy.tensor_parallel": 2, "rollout.mismatch_limit": 1e-12}
+    code, text = outcome(tmp_path / "run", settings, 2, "megatron-fec")
+    assert code == 1, text
+    assert text.count("RuntimeError: step 0: trainer and engine log-probs differ by") == 2, text
     assert "more than rollout.mismatch_limit=1e-12" in text
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
 
@@ -346,33 +386,10 @@ def test_a_broken_line_stops_before_any_weight(task: dict[str, Any], puzzles: Pa
     broken = tmp_path / "broken.jsonl"
     broken.write_text(puzzles.read_text() + "{half a line\n")
     settings = task | {"data.train": broken, "policy.tensor_parallel": 2}
-    processes = 2
-    code, text = outcome(tmp_path / "run", settings, processes)
-    said = f"error: data.train={broken} is broken JSON in line {NUM_PUZZLES + 1}: "
-    assert text.count(said) == 1, text
+    code, text = outcome(tmp_path / "run", settings, 2, "megatron-fec")
+    assert code == 2, text
+    assert text.count("error: ") == 1, text
+    assert f"error: data.train={broken} is broken JSON in line {NUM_PUZZLES + 1}: " in text
     assert "Mend or delete it." in text
-    assert text.count("exitcode  : 2") == processes, text
-    assert code != 0
+    assert "Traceback" not in text
     assert list((tmp_path / "run").iterdir()) == []
-
-
-def test_the_command_ends_with_the_exit_code_of_its_ranks(tmp_path: Path):
-    code = "from megatron_fec.cli import app; app()"
-    overrides = [f"model.path={tmp_path}", f"trainer.run_dir={tmp_path / 'run'}", "rollout.engine=native"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, "train", "--config", CONFIG, *overrides],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-    )
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count(f"error: model.path={tmp_path} holds no readable Hugging Face checkpoint") == 1
-    assert "Traceback" not in done.stderr
-
-
-def test_wandb_offline_writes_its_folder(task: dict[str, Any], tmp_path: Path):
-    pytest.importorskip("wandb", reason="wandb is not installed")
-    run_dir = train(tmp_path / "run", task | TWO_STEPS | {"trainer.wandb": "offline"})
-    assert list((run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert len(rows_of(run_dir)) == 2

@@ -23,7 +23,9 @@ def test_pass_at_k_counts_the_draws_that_hold_a_right_answer(num_samples: int):
 
 @pytest.mark.parametrize("k", [0, -1, 4])
 def test_k_outside_the_samples_is_refused(k: int):
-    with pytest.raises(ValueError, match=rf"k={k} must be between 1 and the 3 samples of a prompt\. Sample more"):
+    with pytest.raises(
+        ValueError, match=rf"k={k} must be between 1 and the 3 samples of a prompt\. Sample more"
+    ):
         pass_at_k(3, 1, k)
 
 
@@ -38,7 +40,12 @@ def test_metrics_of_two_prompts_by_hand():
 
 
 def test_k_stops_at_the_last_power_of_two():
-    assert list(evaluation_metrics([[1.0] * 5])) == ["mean_at_k/5", "pass_at_k/1", "pass_at_k/2", "pass_at_k/4"]
+    assert list(evaluation_metrics([[1.0] * 5])) == [
+        "mean_at_k/5",
+        "pass_at_k/1",
+        "pass_at_k/2",
+        "pass_at_k/4",
+    ]
 
 
 def test_a_negative_reward_is_not_a_right_answer():

@@ -61,27 +61,34 @@ def steps(policy: Policy, count: int) -> Steps:
 def two_saved_and_two_more(
     model_dir: Path, directory: Path, settings: PolicyConfig
 ) -> Callable[[Policy], Any]:
-    """Four steps with a checkpoint in the middle, then the last two again from it, in a policy of another start."""
+    """Four steps with a checkpoint in the middle, then the last two again from it, in two other policies."""
 
-    def job(policy: Policy) -> tuple[Steps, dict[str, Tensor], Steps, dict[str, Tensor], list]:
+    def job(policy: Policy) -> tuple[Steps, dict[str, Tensor], list[tuple[Steps, dict[str, Tensor]]]]:
         steps(policy, 2)
         path = save_checkpoint(policy, directory, state(2), keep=2)
         numbers = random_numbers()
         expected, weights = steps(policy, 2), copied_weights(policy)
-        # A policy that has gone another way: nothing of its own may be left after the load.
-        again = rebuilt(policy, model_dir, settings)
-        steps(again, 3)
-        random_numbers()
-        load_checkpoint(again, path)
-        assert random_numbers() == numbers
-        return expected, weights, steps(again, 2), copied_weights(again), numbers
+        resumed = []
+        for steps_before in (
+            0,
+            3,
+        ):  # a fresh policy, and one that has gone another way, of which nothing may stay
+            again = build(model_dir, settings, layout=policy.layout, optimizer=OPTIMIZER)
+            steps(again, steps_before)
+            load_checkpoint(again, path)
+            assert random_numbers() == numbers
+            resumed.append((steps(again, 2), copied_weights(again)))
+        return expected, weights, resumed
 
     return job
 
 
-def rebuilt(policy: Policy, model_dir: Path, settings: PolicyConfig) -> Policy:
-    """A second policy on the process groups of the first."""
-    return build(model_dir, settings, layout=policy.layout, optimizer=OPTIMIZER)
+def assert_resumed(ranks: list) -> None:
+    for expected, weights, resumed in ranks:
+        assert expected[0] != expected[1]
+        for got, got_weights in resumed:
+            assert got == expected
+            assert_same_weights(got_weights, weights)
 
 
 def random_numbers() -> list[float]:
@@ -99,11 +106,7 @@ def test_resuming_changes_no_bit(
 ) -> None:
     settings = fp32(distributed_optimizer=is_distributed, **layout)
     job = two_saved_and_two_more(model_dir, tmp_path, settings)
-    for expected, weights, got, got_weights, _ in on_layout(
-        model_dir, job, settings, data_parallel=data_parallel, optimizer=OPTIMIZER
-    ):
-        assert got == expected and expected[0] != expected[1]
-        assert_same_weights(got_weights, weights)
+    assert_resumed(on_layout(model_dir, job, settings, data_parallel=data_parallel, optimizer=OPTIMIZER))
     hf_config = load_hf_config(str(model_dir))
     assert read_trainer_state(
         tmp_path / "step_000002", hf_config=hf_config, distributed_optimizer=is_distributed
@@ -114,11 +117,7 @@ def test_resuming_changes_no_bit(
 def test_saving_with_the_helper_process_of_megatron_works(model_dir: Path, tmp_path: Path) -> None:
     settings = fp32(distributed_optimizer=True)
     job = two_saved_and_two_more(model_dir, tmp_path, settings)
-    for expected, weights, got, got_weights, _ in on_layout(
-        model_dir, job, settings, has_helper=True, optimizer=OPTIMIZER
-    ):
-        assert got == expected
-        assert_same_weights(got_weights, weights)
+    assert_resumed(on_layout(model_dir, job, settings, has_helper=True, optimizer=OPTIMIZER))
 
 
 def test_the_learning_rate_is_that_of_the_configuration(model_dir: Path, tmp_path: Path) -> None:
@@ -152,11 +151,7 @@ def test_the_learning_rate_is_that_of_the_configuration(model_dir: Path, tmp_pat
 def test_resuming_bf16_changes_no_bit(model_dir: Path, tmp_path: Path) -> None:
     settings = fp32(precision="bf16", distributed_optimizer=True)  # with fp32 master weights
     job = two_saved_and_two_more(model_dir, tmp_path, settings)
-    for expected, weights, got, got_weights, _ in on_layout(
-        model_dir, job, settings, data_parallel=2, optimizer=OPTIMIZER
-    ):
-        assert got == expected
-        assert_same_weights(got_weights, weights)
+    assert_resumed(on_layout(model_dir, job, settings, data_parallel=2, optimizer=OPTIMIZER))
 
 
 @pytest.mark.parametrize("is_distributed", [False, True])
@@ -193,7 +188,7 @@ def test_another_layout_goes_on_with_the_same_losses(
     wanted = on_layout(model_dir, save, before, data_parallel=saved_ranks, **options)[0]
     for got in on_layout(model_dir, load, after, **options):
         assert [loss for loss, _ in got] == pytest.approx([loss for loss, _ in wanted], rel=1e-6)
-        assert [norm for _, norm in got] == pytest.approx([norm for _, norm in wanted], rel=1e-4)
+        assert [norm for _, norm in got] == pytest.approx([norm for _, norm in wanted], rel=1e-5)
 
 
 def test_the_model_alone_is_read_in_another_layout(model_dir: Path, tmp_path: Path) -> None:

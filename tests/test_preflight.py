@@ -14,6 +14,7 @@ import pytest
 import torch.distributed as dist
 from huggingface_hub.errors import LocalEntryNotFoundError
 from ranks import run_on_ranks
+from torch._C._distributed_c10d import HashStore
 from transformers import AutoConfig
 
 from megatron_fec import preflight
@@ -40,7 +41,7 @@ MEGATRON_FILES = ["common.pt", "metadata.json"]
 @contextmanager
 def world_of_one() -> Iterator[None]:
     """A group around one call: a test that forks ranks must not hand them a group."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:
@@ -152,7 +153,9 @@ def test_a_model_that_does_not_fit(model: Path, tmp_path: Path, overrides: list[
 
 
 def test_the_longest_sequence_that_fits_is_accepted(model: Path, tmp_path: Path):
-    prepared(tmp_path, f"model.path={model}", "rollout.max_response_tokens=1014", "policy.micro_batch_tokens=2000")
+    prepared(
+        tmp_path, f"model.path={model}", "rollout.max_response_tokens=1014", "policy.micro_batch_tokens=2000"
+    )
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path):
@@ -171,14 +174,18 @@ def test_a_hub_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise LocalEntryNotFoundError("no network\nmore about it")
 
     monkeypatch.setattr(preflight, "snapshot_download", fail)
-    with pytest.raises(ConfigError, match=r"model\.path=org/name is neither .* fetched: no network Give a folder") as error:
+    with pytest.raises(
+        ConfigError, match=r"model\.path=org/name is neither .* fetched: no network Give a folder"
+    ) as error:
         prepared(tmp_path, "model.path=org/name")
     assert "\n" not in str(error.value)
 
 
 def test_a_model_without_safetensors(model: Path, tmp_path: Path):
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match=r"model\.path=.* holds no \*\.safetensors file\. Convert the checkpoint"):
+    with pytest.raises(
+        ConfigError, match=r"model\.path=.* holds no \*\.safetensors file\. Convert the checkpoint"
+    ):
         prepared(tmp_path, f"model.path={model}")
 
 
@@ -191,7 +198,9 @@ def test_a_tokenizer_without_an_end(model: Path, tmp_path: Path, monkeypatch: py
         return tokenizer
 
     monkeypatch.setattr(preflight.AutoTokenizer, "from_pretrained", without_end)
-    with pytest.raises(ConfigError, match=r"model\.path=.*: the tokenizer has no eos_token, so no response would end"):
+    with pytest.raises(
+        ConfigError, match=r"model\.path=.*: the tokenizer has no eos_token, so no response would end"
+    ):
         prepared(tmp_path, f"model.path={model}")
 
 
@@ -204,7 +213,9 @@ def test_a_model_without_a_tokenizer(model: Path, tmp_path: Path):
 
 def test_a_tokenizer_larger_than_the_model(model: Path, tmp_path: Path):
     edit_json(model / "config.json", vocab_size=40)
-    with pytest.raises(ConfigError, match=r"model\.path=.*: the tokenizer has ids up to \d+, .* vocab_size=40"):
+    with pytest.raises(
+        ConfigError, match=r"model\.path=.*: the tokenizer has ids up to \d+, .* vocab_size=40"
+    ):
         prepared(tmp_path, f"model.path={model}")
 
 
@@ -214,27 +225,33 @@ def test_a_tokenizer_larger_than_the_model(model: Path, tmp_path: Path):
 def test_a_batch_smaller_than_data_parallelism(tmp_path: Path):
     prepared(tmp_path, data_parallel=12)
     with pytest.raises(
-        ConfigError, match=r"prompts_per_update=4 x rollout\.group_size=3 = 12 sequences must feed the 13 data-parallel"
+        ConfigError,
+        match=r"prompts_per_update=4 x rollout\.group_size=3 = 12 sequences must feed the 13 data-parallel",
     ):
         prepared(tmp_path, data_parallel=13)
 
 
 def test_vllm_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(preflight, "vllm_is_available", lambda: False)
-    with pytest.raises(ConfigError, match=r"rollout\.engine=vllm needs vLLM, .* or set rollout\.engine=native"):
+    with pytest.raises(
+        ConfigError, match=r"rollout\.engine=vllm needs vLLM, .* or set rollout\.engine=native"
+    ):
         prepared(tmp_path, "rollout.engine=vllm")
 
 
 def test_an_engine_layout_that_does_not_divide_the_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(preflight, "vllm_is_available", lambda: True)
-    with pytest.raises(ConfigError, match=r"rollout\.tensor_parallel=2 must divide the 1 processes of this run"):
+    with pytest.raises(
+        ConfigError, match=r"rollout\.tensor_parallel=2 must divide the 1 processes of this run"
+    ):
         prepared(tmp_path, "rollout.engine=vllm", "rollout.tensor_parallel=2")
     prepared(tmp_path, "rollout.tensor_parallel=2")  # the native engine has no layout of its own
 
 
 def test_a_warm_start_without_demonstrations(tmp_path: Path):
     with pytest.raises(
-        ConfigError, match=r"warm_start\.steps=7 needs demonstrations, which only data\.train=embedded:countdown has"
+        ConfigError,
+        match=r"warm_start\.steps=7 needs demonstrations, which only data\.train=embedded:countdown has",
     ):
         prepared(tmp_path, "warm_start.steps=7", "data.train=reasoning_gym:leg_counting")
 
@@ -243,7 +260,9 @@ def test_a_warm_start_without_demonstrations(tmp_path: Path):
 def test_a_broken_data_file_names_its_setting_and_line(tmp_path: Path, setting: str):
     broken = tmp_path / "broken.jsonl"
     broken.write_text(json.dumps(countdown_rows("train")[0]) + "\n{not json\n")
-    with pytest.raises(ConfigError, match=rf"^{setting}=.*broken\.jsonl is broken JSON in line 2: .* Mend or delete it"):
+    with pytest.raises(
+        ConfigError, match=rf"^{setting}=.*broken\.jsonl is broken JSON in line 2: .* Mend or delete it"
+    ):
         prepared(tmp_path, f"{setting}={broken}")
 
 
@@ -252,18 +271,24 @@ def test_a_broken_data_file_names_its_setting_and_line(tmp_path: Path, setting: 
 
 def test_a_run_folder_that_cannot_be_written(tmp_path: Path):
     (tmp_path / "file").touch()  # not a mode without w: that does not stop root
-    with pytest.raises(ConfigError, match=r"trainer\.run_dir=.*file/run cannot be written: Not a directory\. Choose"):
+    with pytest.raises(
+        ConfigError, match=r"trainer\.run_dir=.*file/run cannot be written: Not a directory\. Choose"
+    ):
         prepared(tmp_path, f"trainer.run_dir={tmp_path / 'file' / 'run'}")
 
 
 def test_too_little_disk(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     weights = (model / "model.safetensors").stat().st_size
-    needed = weights // 2 * 16 * 3 + 2 * weights  # the kept two and the one that is written, then hf/ and warm_start/
+    needed = (
+        weights // 2 * 16 * 3 + 2 * weights
+    )  # the kept two and the one that is written, then hf/ and warm_start/
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, needed))
     prepared(tmp_path, f"model.path={model}")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, needed - 1))
-    with pytest.raises(ConfigError, match=r"run has 0\.0 GB free, and 3 checkpoints of this model need 0\.0 GB\. Free"):
+    with pytest.raises(
+        ConfigError, match=r"run has 0\.0 GB free, and 3 checkpoints of this model need 0\.0 GB\. Free"
+    ):
         prepared(tmp_path, f"model.path={model}")
 
 
@@ -272,35 +297,44 @@ def test_too_little_disk(model: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_resume_never_with_a_checkpoint_there(model: Path, tmp_path: Path):
     fake_checkpoint(tmp_path / "run", model)
-    with pytest.raises(ConfigError, match=r"trainer\.resume=never, but .*checkpoints holds step_000003\. Use another"):
+    with pytest.raises(
+        ConfigError, match=r"trainer\.resume=never, but .*checkpoints holds step_000003\. Use another"
+    ):
         prepared(tmp_path, f"model.path={model}", "trainer.resume=never")
 
 
 @pytest.mark.parametrize("name", [STATE_FILE, *MEGATRON_FILES])
 def test_a_half_written_checkpoint(model: Path, tmp_path: Path, name: str):
     (fake_checkpoint(tmp_path / "run", model) / name).unlink()
-    with pytest.raises(ConfigError, match=rf"checkpoint .*step_000003 is incomplete, {name} is missing\. Remove that"):
+    with pytest.raises(
+        ConfigError, match=rf"checkpoint .*step_000003 is incomplete, {name} is missing\. Remove that"
+    ):
         prepared(tmp_path, f"model.path={model}")
 
 
 def test_a_cut_off_trainer_state(model: Path, tmp_path: Path):
     state = fake_checkpoint(tmp_path / "run", model) / STATE_FILE
     state.write_text(state.read_text()[:40])
-    with pytest.raises(ConfigError, match=r"trainer_state\.json is not readable .* Remove that folder to resume from"):
+    with pytest.raises(
+        ConfigError, match=r"trainer_state\.json is not readable .* Remove that folder to resume from"
+    ):
         prepared(tmp_path, f"model.path={model}")
 
 
 def test_a_checkpoint_of_another_model(model: Path, tmp_path: Path):
     fake_checkpoint(tmp_path / "run", model, hidden_size=96)
     with pytest.raises(
-        ConfigError, match=r"is of another model, its hidden_size is 96 and that of model\.path is 64\. Use another"
+        ConfigError,
+        match=r"is of another model, its hidden_size is 96 and that of model\.path is 64\. Use another",
     ):
         prepared(tmp_path, f"model.path={model}")
 
 
 def test_a_checkpoint_of_the_other_optimizer(model: Path, tmp_path: Path):
     fake_checkpoint(tmp_path / "run", model)
-    with pytest.raises(ConfigError, match=r"policy\.distributed_optimizer=True cannot read .* saved with False"):
+    with pytest.raises(
+        ConfigError, match=r"policy\.distributed_optimizer=True cannot read .* saved with False"
+    ):
         prepared(tmp_path, f"model.path={model}", "policy.distributed_optimizer=true")
 
 
