@@ -305,6 +305,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
             time.sleep(0.02)
         child.kill()  # the rank alone, as the kernel does when memory runs out
         assert child.wait() == -signal.SIGKILL
+        with pytest.raises(ProcessLookupError):  # its verifier notices and leaves
+            while time.monotonic() < end:
+                os.killpg(child.pid, 0)
+                time.sleep(0.02)
     killed_at = len(rows_of(run_dir))
     assert 7 <= killed_at < 20
     assert not (run_dir / "hf").exists()
@@ -324,6 +328,8 @@ def test_ten_steps_equal_five_and_resume_and_five(task: dict[str, Any], tmp_path
         "optimizer.lr_schedule": "cosine",
         "algorithm.schedule.name": "od",
         "algorithm.schedule.h_min_ratio": 0.99,  # so near that the mode turns before the save
+        "rollout.group_size": 16,
+        "trainer.seed": 3,
         "trainer.max_steps": 10,
         "trainer.save_every": 5,
     }
@@ -333,6 +339,9 @@ def test_ten_steps_equal_five_and_resume_and_five(task: dict[str, Any], tmp_path
     resumed = without_newest_checkpoint(whole, tmp_path / "resumed")
     train(resumed, settings, processes=2)
     assert rows_of(resumed) == rows_of(whole)
+    state = Path("checkpoints", "step_000010", "trainer_state.json")
+    assert (resumed / state).read_text() == (whole / state).read_text()
+    assert f'"h_init": {rows_of(whole)[0]["train_rollouts/entropy"]}' in (whole / state).read_text()
     assert_same_weights(resumed / "hf", whole / "hf")
 
 
