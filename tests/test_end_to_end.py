@@ -305,10 +305,6 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
             time.sleep(0.02)
         child.kill()  # the rank alone, as the kernel does when memory runs out
         assert child.wait() == -signal.SIGKILL
-        with pytest.raises(ProcessLookupError):  # its verifier notices and leaves
-            while time.monotonic() < end:
-                os.killpg(child.pid, 0)
-                time.sleep(0.02)
     killed_at = len(rows_of(run_dir))
     assert 7 <= killed_at < 20
     assert not (run_dir / "hf").exists()

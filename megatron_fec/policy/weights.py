@@ -21,6 +21,7 @@ COPIED_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
+    "generation_config.json",
 )
 
 
