@@ -21,7 +21,8 @@ export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 
 # vLLM's sleep mode keeps its own memory pool, which expandable segments break: PYTORCH_CUDA_ALLOC_CONF stays unset.
 
-if ! { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; }; then
+# A GPU that is hidden by an empty CUDA_VISIBLE_DEVICES does not count.
+if [[ -z "${CUDA_VISIBLE_DEVICES-all}" ]] || ! { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; }; then
   # vLLM compiles its log-prob helper even when eager: half a minute and a C++ compiler for nothing on a CPU.
   export TORCH_COMPILE_DISABLE=1
   # vLLM would pin each rank to cores of its own choice, and all ranks to the same ones.

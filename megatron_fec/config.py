@@ -6,12 +6,14 @@ A field without a default is required. Rules that need the checkpoint (heads, la
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
 
 
 @dataclass(kw_only=True)
@@ -195,6 +197,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "optimizer.warmup_steps",
     "optimizer.weight_decay",
+    "algorithm.advantage_delta",
     "warm_start.steps",
     "trainer.seed",
     "trainer.save_every",
@@ -218,7 +221,12 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
                 raise ConfigError(
                     f"override {override!r} must have the form key=value, such as trainer.max_steps=4."
                 )
-            typed = OmegaConf.merge(typed, OmegaConf.from_dotlist([override]))
+            try:
+                typed = OmegaConf.merge(typed, OmegaConf.from_dotlist([override]))
+            except YAMLError as error:
+                raise ConfigError(
+                    f"override {override!r} has a value that is not YAML. Check its brackets."
+                ) from error
         config = OmegaConf.to_object(typed)
     except ConfigKeyError as error:
         raise ConfigError(_unknown_key(str(error.full_key), path)) from error
@@ -294,6 +302,9 @@ def _check_choices(config: Config) -> None:
 
 
 def _check_ranges(config: Config) -> None:
+    for key in known_keys():
+        if isinstance(value := _get(config, key), float) and not math.isfinite(value):
+            raise ConfigError(f"{key}={value} must be a finite number.")
     for keys, rule, is_broken in (
         (AT_LEAST_ONE, "at least 1", lambda v: v < 1),
         (POSITIVE, "greater than 0", lambda v: v <= 0),
@@ -302,9 +313,12 @@ def _check_ranges(config: Config) -> None:
         for key in keys:
             if is_broken(_get(config, key)):
                 raise ConfigError(f"{key}={_get(config, key)} must be {rule}.")
-    for key in ("optimizer.beta2", "rollout.gpu_memory_utilization", "algorithm.schedule.h_min_ratio"):
+    for key in ("rollout.gpu_memory_utilization", "algorithm.schedule.h_min_ratio"):
         if not 0 < _get(config, key) <= 1:
             raise ConfigError(f"{key}={_get(config, key)} must be in (0, 1].")
+    for key in ("optimizer.beta2", "algorithm.thresholds.eps_std"):
+        if not 0 < _get(config, key) < 1:
+            raise ConfigError(f"{key}={_get(config, key)} must be between 0 and 1.")
     if config.algorithm.dual_clip is not None and config.algorithm.dual_clip <= 1:
         raise ConfigError(
             f"algorithm.dual_clip={config.algorithm.dual_clip} must be greater than 1, or null for off."

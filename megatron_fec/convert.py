@@ -21,6 +21,8 @@ def convert(checkpoint: Path, output: Path) -> None:
         raise ConfigError(
             f"{checkpoint} is not RUN/checkpoints/step_NNNNNN of a run: {run_dir} has no config.yaml."
         )
+    if output.exists() and any(output.iterdir()):
+        raise ConfigError(f"{output} is not empty. Name a new folder for the Hugging Face checkpoint.")
     config = load_config(run_dir / "config.yaml")
     one_rank = replace(config.policy, tensor_parallel=1, pipeline_parallel=1, sequence_parallel=False)
     layout = initialize_parallel(one_rank, seed=config.trainer.seed)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 from megatron_fec.algorithm.schedules import build_schedule
 from megatron_fec.config import Config, OptimizerConfig, save_config
 from megatron_fec.policy.checkpoint import TrainerState
-from megatron_fec.policy.device import device
+from megatron_fec.policy.device import device, release_cached_memory
 from megatron_fec.policy.parallel import ParallelLayout, initialize_parallel
 from megatron_fec.policy.sampling import sample_responses
 from megatron_fec.policy.step import Policy, build_policy
@@ -136,9 +136,11 @@ def _pack_layout(config: Config, layout: ParallelLayout) -> PackLayout:
 def _warm_started(config: Config, inputs: Inputs, layout: ParallelLayout, log: RunLog) -> Path:
     """The checkpoint after the supervised steps, made unless an earlier start of this run has made it."""
     target = Path(config.trainer.run_dir) / WARM_DIR
-    if target.is_dir():
-        return target
     settings = config.warm_start
+    made_with = json.dumps([asdict(settings), config.model.path, config.data.train, config.trainer.seed])
+    marker = target / "made_with.json"
+    if marker.is_file() and marker.read_text() == made_with:
+        return target
     # Its own optimizer: a higher rate, decayed to 0, and no state that reinforcement would inherit.
     optimizer = replace(
         config.optimizer,
@@ -152,8 +154,10 @@ def _warm_started(config: Config, inputs: Inputs, layout: ParallelLayout, log: R
         policy, _demonstrations(config, inputs), settings, layout=_pack_layout(config, layout), note=log.note
     )
     export_hf(policy, inputs.model_dir, target)
+    if dist.get_rank() == 0:
+        marker.write_text(made_with)
     del policy
-    gc.collect()
+    release_cached_memory()
     return target
 
 

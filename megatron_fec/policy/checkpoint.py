@@ -1,7 +1,7 @@
 """Checkpoints: Megatron's distributed format for model and optimizer, JSON for the trainer, one file of RNGs a rank.
 
 A checkpoint is written under a temporary name and renamed when every rank has finished, so a folder named step_NNNNNN
-is whole. Nothing that is loaded is a pickle of arbitrary objects but Megatron's own common.pt inside the run folder.
+is whole. Megatron's part is read through pickle (.metadata): load only checkpoints that you trust.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from megatron_fec.policy.step import Policy, unwrapped
@@ -41,10 +41,14 @@ def export_hf(policy: Policy, source: Path, target: Path) -> None:
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
     dist.barrier()
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # a single-file checkpoint has no index, of which mbridge warns
-        policy.bridge.save_weights([unwrapped(policy.model)], str(writing))
+    # Not mbridge's save_weights: it leaves out, with a warning, a file of which the source's index lists one more key.
+    state: dict[str, Tensor] = {}
+    for name, tensor in hf_weights(policy):  # collective: every rank iterates, rank 0 keeps
+        if dist.get_rank() == 0:
+            state[name] = tensor.to("cpu", copy=True).contiguous()
     if dist.get_rank() == 0:
+        save_torch_state_dict(state, writing)
+        policy.bridge.hf_config.save_pretrained(writing)  # pyright: ignore[reportAttributeAccessIssue]
         for pattern in COPIED_FILES:
             for path in source.glob(pattern):
                 shutil.copy2(path, writing)
