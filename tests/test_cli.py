@@ -113,6 +113,17 @@ def test_convert_of_a_folder_that_is_no_checkpoint(tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "out").exists()
 
 
+def test_convert_replaces_no_folder_that_holds_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cli, "be_one_rank", lambda: None)
+    (tmp_path / "run" / "checkpoints" / "step_000001").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("{}")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    line = refusal("convert", str(tmp_path / "run" / "checkpoints" / "step_000001"), str(tmp_path / "out"))
+    assert "out is not empty. Name a new folder" in line
+    assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
+
+
 def test_without_a_command_the_help_names_them_all():
     result = CliRunner().invoke(cli.app, [])
     assert all(f" {name} " in result.output for name in ("quickstart", "train", "convert", "report"))

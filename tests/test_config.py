@@ -75,6 +75,21 @@ def test_not_negative(minimal: Path, key: str):
         load_config(minimal, [f"{key}=-1"])
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr=nan", r"optimizer\.lr=nan must be a finite number"),
+        ("rollout.temperature=inf", r"rollout\.temperature=inf must be a finite number"),
+        ("algorithm.thresholds.eps_std=-0.2", r"eps_std=-0\.2 must be between 0 and 1"),
+        ("optimizer.beta2=1.0", r"optimizer\.beta2=1\.0 must be between 0 and 1"),
+        ("data.train=[a", r"override 'data\.train=\[a' has a value that is not YAML"),
+    ],
+)
+def test_values_that_no_run_can_use(minimal: Path, override: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        load_config(minimal, [override])
+
+
 @pytest.mark.parametrize("key", CHOICES)
 def test_choices(minimal: Path, key: str):
     with pytest.raises(ConfigError, match=f"{key}=nonsense must be one of {CHOICES[key][0]}"):

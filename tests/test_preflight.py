@@ -8,6 +8,7 @@ from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -246,6 +247,22 @@ def test_an_engine_layout_that_does_not_divide_the_world(tmp_path: Path, monkeyp
     ):
         prepared(tmp_path, "rollout.engine=vllm", "rollout.tensor_parallel=2")
     prepared(tmp_path, "rollout.tensor_parallel=2")  # the native engine has no layout of its own
+
+
+def test_an_engine_layout_that_does_not_divide_the_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(preflight, "vllm_is_available", lambda: True)
+    hf_config = SimpleNamespace(num_attention_heads=2)
+    monkeypatch.setattr(preflight, "load_hf_config", lambda _: hf_config)
+    monkeypatch.setattr(preflight, "check_model_sizes", lambda *_: None)
+    rollout = SimpleNamespace(engine="vllm", tensor_parallel=3)
+    with pytest.raises(ConfigError, match=r"rollout\.tensor_parallel=3 must divide .* num_attention_heads=2"):
+        preflight._read_inputs(SimpleNamespace(rollout=rollout, policy=None), tmp_path, tmp_path)  # type: ignore[arg-type]
+
+
+def test_wandb_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"trainer\.wandb=offline needs the wandb package"):
+        prepared(tmp_path, "trainer.wandb=offline")
 
 
 def test_a_warm_start_without_demonstrations(tmp_path: Path):

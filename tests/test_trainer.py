@@ -1,0 +1,68 @@
+"""The trainer's decisions that need no model: what is due, which order, what a resume accepts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_fec.config import ConfigError, load_config
+from megatron_fec.policy.checkpoint import TrainerState
+from megatron_fec.trainer import Trainer, _is_due, _rollout_metrics, _update_order
+from megatron_fec.types import Prompt, Sample, SampleGroup
+
+TINY = Path(__file__).parents[1] / "configs" / "tiny_cpu.yaml"
+
+
+def test_a_checkpoint_of_another_schedule_is_refused(tmp_path: Path):
+    nothing: Any = None
+    trainer = Trainer(
+        config=load_config(TINY, []),
+        policy=nothing,
+        engine=nothing,
+        schedule=nothing,
+        verifier=nothing,
+        train_prompts=(),
+        validation_prompts=(),
+        log=nothing,
+        pack_layout=nothing,
+        state=TrainerState(step=0, consumed_samples=0, weight_version=0, schedule={}),
+    )
+    saved = TrainerState(step=4, consumed_samples=8, weight_version=4, schedule={"name": "grpo"})
+    with pytest.raises(ConfigError, match=r"schedule\.name=id, but .*step_000004 was saved under grpo"):
+        trainer.load_state_dict(tmp_path / "step_000004", saved)
+
+
+def test_saving_and_evaluating_when_due():
+    assert [step for step in range(1, 8) if _is_due(3, step, last=7)] == [3, 6, 7]
+    assert [step for step in range(1, 8) if _is_due(0, step, last=7)] == [7]
+
+
+def test_later_epochs_shuffle_the_updates():
+    assert _update_order(6, 0, 3, 0) == [0, 1, 2, 3, 4, 5]
+    second = _update_order(6, 0, 3, 1)
+    assert sorted(second) == [0, 1, 2, 3, 4, 5] and second != sorted(second)
+    assert _update_order(6, 0, 3, 1) == second
+    assert _update_order(6, 0, 4, 1) != second
+
+
+def test_rollout_metrics_by_hand():
+    prompt = Prompt(prompt_id=0, text="", token_ids=(1,), answer="", verifier="math")
+
+    def sample(length: int, is_truncated: bool) -> Sample:
+        tokens = (1,) * length
+        return Sample(
+            token_ids=tokens,
+            logprobs=(0.0,) * length,
+            text="",
+            is_truncated=is_truncated,
+            weight_version=0,
+        )
+
+    groups = [SampleGroup(prompt=prompt, samples=(sample(2, False), sample(6, True)))] * 2
+    assert _rollout_metrics(groups, [[0.0, 1.0], [0.0, 0.0]]) == {
+        "reward": 0.25,
+        "group_pass_rate": 0.5,
+        "group_signal_rate": 0.5,
+        "response_length": 4.0,
+        "truncated": 0.5,
+    }
