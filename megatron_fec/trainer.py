@@ -14,15 +14,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_fec.algorithm.advantages import group_advantages
-from megatron_fec.algorithm.losses import POLICY_LOSSES
 from megatron_fec.algorithm.schedules import Schedule
-from megatron_fec.algorithm.thresholds import ThresholdLines, clip_bounds
-from megatron_fec.config import AlgorithmConfig, Config, ConfigError
+from megatron_fec.config import Config, ConfigError
 from megatron_fec.evaluate import evaluation_metrics
 from megatron_fec.metrics import MetricSums
 from megatron_fec.policy.checkpoint import TrainerState, load_checkpoint, save_checkpoint
 from megatron_fec.policy.device import device, release_cached_memory
-from megatron_fec.policy.step import Policy, TokenLoss, compute_logprobs, reduce_metrics, train_update
+from megatron_fec.policy.step import Policy, compute_logprobs, reduce_metrics, train_update
 from megatron_fec.policy.weights import hf_weights
 from megatron_fec.rollout.engine import Engine, Sampling, check_groups
 from megatron_fec.rollout.packing import PackLayout, pack, with_advantages
@@ -30,14 +28,12 @@ from megatron_fec.run_log import TOKENS_PER_SECOND, RunLog, Timers
 from megatron_fec.seeds import derive_seed
 from megatron_fec.tasks.prompts import PromptOrder
 from megatron_fec.tasks.verifier import Verifier
+from megatron_fec.token_loss import policy_token_loss
 from megatron_fec.types import (
     BlendWeights,
-    LossInputs,
-    LossOutput,
     MicroBatch,
     Prompt,
     SampleGroup,
-    TokenStats,
 )
 
 KERNEL_NOISE = (
@@ -278,35 +274,6 @@ class Trainer:
         return {f"timers/{name}": value for name, value in timers.items()} | {
             TOKENS_PER_SECOND: tokens / timers["step"]
         }
-
-
-def policy_token_loss(algorithm: AlgorithmConfig, weights: BlendWeights) -> TokenLoss:
-    """The loss of one micro-batch under this step's blend of thresholds."""
-    settings = algorithm.thresholds
-    lines = ThresholdLines(
-        eps_std=settings.eps_std,
-        upper=(settings.upper[0], settings.upper[1]),
-        lower=(settings.lower[0], settings.lower[1]),
-    )
-    policy_loss = POLICY_LOSSES[algorithm.policy_loss]
-
-    def token_loss(stats: TokenStats, micro_batch: MicroBatch) -> LossOutput:
-        assert micro_batch.old_logprobs is not None
-        inputs = LossInputs(
-            logprobs=stats.logprobs,
-            old_logprobs=micro_batch.old_logprobs,
-            advantages=micro_batch.advantages,
-            response_mask=micro_batch.response_mask,
-            bounds=clip_bounds(stats.logprobs.detach().exp(), weights, lines=lines),
-            entropy=stats.entropy,
-            sequence_ids=micro_batch.sequence_ids,
-            aggregation=algorithm.aggregation,
-            dual_clip=algorithm.dual_clip,
-            log_ratio_clamp=algorithm.log_ratio_clamp,
-        )
-        return policy_loss(inputs)
-
-    return token_loss
 
 
 def _own_share(groups: Sequence[SampleGroup]) -> list[SampleGroup]:

@@ -20,9 +20,8 @@ from ranks import run_on_ranks
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from megatron_fec.algorithm.losses import clipped_surrogate, negative_log_likelihood
-from megatron_fec.algorithm.thresholds import ThresholdLines, clip_bounds
-from megatron_fec.config import OptimizerConfig, PolicyConfig
+from megatron_fec.algorithm.losses import negative_log_likelihood
+from megatron_fec.config import AlgorithmConfig, OptimizerConfig, PolicyConfig, ScheduleConfig
 from megatron_fec.policy.parallel import ParallelLayout, initialize_parallel
 from megatron_fec.policy.step import (
     Policy,
@@ -36,9 +35,9 @@ from megatron_fec.policy.step import (
 from megatron_fec.policy.tiny_model import save_tiny_model
 from megatron_fec.policy.weights import hf_weights
 from megatron_fec.rollout.packing import PackLayout, pack, with_advantages
+from megatron_fec.token_loss import policy_token_loss
 from megatron_fec.types import (
     BlendWeights,
-    LossInputs,
     LossOutput,
     MicroBatch,
     Prompt,
@@ -54,7 +53,6 @@ ROWS_WITHOUT_TOKEN = 16  # of the Qwen3 and Llama checkpoints
 PROMPTS, GROUP_SIZE = 4, 3
 WEIGHTS = BlendWeights(upper=0.6, lower=0.3)  # a step of ID between its two ends
 DUAL_CLIP = 1.8  # low enough that some tokens reach it
-LINES = ThresholdLines(eps_std=0.2, upper=(-0.25, 0.5), lower=(-0.13, 0.3))
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -268,20 +266,11 @@ def clip_token_loss(
     aggregation: str = "token_mean",
 ) -> LossOutput:
     """The clipped surrogate with dynamic bounds, as the trainer builds it."""
-    assert micro_batch.old_logprobs is not None
-    return clipped_surrogate(
-        LossInputs(
-            logprobs=stats.logprobs,
-            old_logprobs=micro_batch.old_logprobs,
-            advantages=micro_batch.advantages,
-            response_mask=micro_batch.response_mask,
-            bounds=clip_bounds(stats.logprobs.detach().exp(), weights, lines=LINES),
-            entropy=stats.entropy,
-            sequence_ids=micro_batch.sequence_ids,
-            aggregation=aggregation,
-            dual_clip=DUAL_CLIP,
-        )
+    schedule = ScheduleConfig(name="id", total_steps=1, lower_schedule="text")
+    algorithm = AlgorithmConfig(
+        schedule=schedule, aggregation=aggregation, dual_clip=DUAL_CLIP, prompts_per_update=1
     )
+    return policy_token_loss(algorithm, weights)(stats, micro_batch)
 
 
 def nll_token_loss(stats: TokenStats, micro_batch: MicroBatch) -> LossOutput:

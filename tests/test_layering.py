@@ -22,6 +22,7 @@ FLOORS = {  # first part of the name below megatron_fec
     "rollout": 3,
     "tasks": 3,
     "trainer": 4,
+    "token_loss": 4,
     "job": 4,
     "launcher": 4,
     "warm_start": 4,
