@@ -1,4 +1,4 @@
-"""A random Qwen2 checkpoint of 0.1 M parameters with a byte-level tokenizer, for the embedded task and the tests."""
+"""A random Qwen2 checkpoint of 0.16 M parameters with a byte-level tokenizer, for the embedded task and the tests."""
 
 from __future__ import annotations
 
