@@ -25,7 +25,7 @@ from megatron_fec.tasks.verifier import (
 )
 from megatron_fec.types import Prompt, Sample, SampleGroup
 
-TIMEOUT = 1.0
+TIMEOUT = 2.0
 
 
 def loop_for_ever(response: str, answer: str, extra: str) -> float:
@@ -39,7 +39,7 @@ SCORERS = {
     "exit": lambda response, answer, extra: os._exit(3),
     "suicide": lambda response, answer, extra: os.kill(os.getpid(), signal.SIGKILL),
     "raise": lambda response, answer, extra: 1 / 0,
-    "memory": lambda response, answer, extra: float(len(bytearray(verifier.MEMORY_BYTES + 1))),
+    "memory": lambda response, answer, extra: float(len(bytearray(2 * verifier.MEMORY_BYTES))),
     "print": lambda response, answer, extra: float(print("noise on stdout") is None),
     "torch": lambda response, answer, extra: float("torch" in sys.modules or "transformers" in sys.modules),
     "pid": lambda response, answer, extra: float(os.getpid()),
