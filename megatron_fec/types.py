@@ -77,7 +77,10 @@ class TokenStats:
     entropy: Tensor  # [T] nats over the true vocabulary; differentiable
     sum_p2: Tensor | None = None  # [T] sum of p^2
     baseline: Tensor | None = (
-        None  # [T] B = sum of p^2 (ln p + H), section 3 of the paper with the dropped term
+        None  # [T] B = sum of p^2 (ln p + H): section 3 of the paper, with the term it drops
+    )
+    alignment: Tensor | None = (
+        None  # [T] <grad log p(labels[t]), grad H> over z / temperature; 0 where ignored
     )
 
 

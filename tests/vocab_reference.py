@@ -19,6 +19,9 @@ class VocabReference:
     entropy: Tensor  # [T]
     sum_p2: Tensor  # [T]
     baseline: Tensor  # [T] sum of p^2 (ln p + H)
+    alignment: (
+        Tensor  # [T] inner product of the gradients of log p(label) and of H; 0 where the label is ignored
+    )
     logprobs_gradient: Tensor  # [T, V_padded] of sum(grad_logprobs * logprobs)
     entropy_gradient: Tensor  # [T, V_padded] of sum(grad_entropy * entropy), ignored rows 0
 
@@ -33,7 +36,7 @@ def vocab_reference(
     temperature: float = 1.0,
 ) -> VocabReference:
     """logits: [T, V_padded]; columns from vocab_size on, and columns at -inf, have probability 0."""
-    values = torch.zeros(4, len(labels), dtype=torch.float64)
+    values = torch.zeros(5, len(labels), dtype=torch.float64)
     gradients = torch.zeros(2, *logits.shape, dtype=torch.float64)
     for t, label in enumerate(labels.tolist()):
         columns = torch.nonzero(torch.isfinite(logits[t, :vocab_size])).flatten()
@@ -46,20 +49,23 @@ def vocab_reference(
         values[3, t] = (p**2 * (logp + entropy)).sum().item()
         if label == -100:
             continue
-        gradients[1, t, columns] = (
-            grad_entropy[t].double() * torch.autograd.grad(entropy, z, retain_graph=True)[0]
-        )
+        (entropy_gradient,) = torch.autograd.grad(entropy, z, retain_graph=True)
+        gradients[1, t, columns] = grad_entropy[t].double() * entropy_gradient
         if label not in columns.tolist():
-            values[0, t] = -torch.inf  # no gradient is defined
+            values[0, t] = -torch.inf  # no gradient is defined; the limit has -p_j in every column
+            values[4, t] = -(p * entropy_gradient).sum().item() * temperature
             continue
         logprob = logp[columns.tolist().index(label)]
         values[0, t] = logprob.item()
-        gradients[0, t, columns] = grad_logprobs[t].double() * torch.autograd.grad(logprob, z)[0]
+        (logprob_gradient,) = torch.autograd.grad(logprob, z)
+        gradients[0, t, columns] = grad_logprobs[t].double() * logprob_gradient
+        values[4, t] = (logprob_gradient * entropy_gradient).sum().item() * temperature**2
     return VocabReference(
         logprobs=values[0],
         entropy=values[1],
         sum_p2=values[2],
         baseline=values[3],
+        alignment=values[4],
         logprobs_gradient=gradients[0],
         entropy_gradient=gradients[1],
     )

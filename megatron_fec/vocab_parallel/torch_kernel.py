@@ -1,0 +1,120 @@
+"""The two passes over a vocabulary shard in plain torch: sums forward, gradient backward; for CPU and for fp64.
+
+Chunks of rows small enough for the cache are read once; the arithmetic is in base 2, v = (z - m) log2(e) / temperature,
+because exp2 is one vector polynomial on every CPU, and exp is not. triton_kernel has the same two functions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from megatron_fec.vocab_parallel.shard import FLOOR, Shard, compute_dtype
+
+SCRATCH_BYTES = {"cpu": 2 << 20, "cuda": 512 << 20}  # of a chunk: fits a core's own cache; few launches
+LN2 = math.log(2.0)
+
+
+def shard_sums(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    shard: Shard,
+    temperature: float,
+    second_moments: bool,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """[T, blocks, 4 or 6]: m, s0, s1, t, [s2, s3] of each block of real columns, as token_stats defines them.
+
+    logits: [T, width]; labels: [T] global ids. t is -inf where the label is not in the block. A block without a
+    finite logit, as in a shard of padding, has the lowest finite m and zero sums.
+    """
+    dtype = compute_dtype(logits)
+    lowest = torch.finfo(dtype).min
+    sums = logits.new_zeros(logits.shape[0], shard.blocks, 6 if second_moments else 4, dtype=dtype)
+    sums[..., 0] = lowest
+    sums[..., 3] = -math.inf
+    for block, columns in enumerate(shard.block_columns()):
+        real = logits[:, columns]
+        if real.numel() == 0:
+            continue
+        column, is_here = _label_columns(labels, shard.start + columns.start, real.shape[1])
+        label_logits = real.gather(1, column).squeeze(1).to(dtype)
+        sums[:, block, 3] = label_logits.masked_fill_(~is_here, -math.inf)
+        for rows, v, e in _chunks(real, chunk_tokens):
+            maxima = real[rows].amax(-1).to(dtype).clamp_(min=lowest)
+            _centre(real[rows], maxima, temperature, out=v)
+            torch.exp2(v, out=e)
+            sums[rows, block, 0] = maxima
+            sums[rows, block, 1] = e.sum(-1)
+            sums[rows, block, 2] = v.mul_(e).sum(-1) * LN2
+            if second_moments:
+                sums[rows, block, 5] = v.mul_(e).sum(-1) * LN2
+                sums[rows, block, 4] = e.mul_(e).sum(-1)
+    return sums
+
+
+def write_gradient(
+    out: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    row: tuple[Tensor, Tensor, Tensor],
+    grads: tuple[Tensor, Tensor, Tensor | None],
+    shard: Shard,
+    temperature: float,
+    chunk_tokens: int | None = None,
+) -> None:
+    """Write gl (1[j=a] - p_j) - gh p_j (u_j - c) to out, which may be the logits; padding columns become 0.
+
+    row: m, ln s0, c of the whole row. grads, divided by the temperature: gl, gl at the label, gh (None is 0). All are
+    [T] in the compute dtype; u = (z - m) / temperature.
+    """
+    out[:, shard.valid :] = 0
+    maxima, log_s0, centre = row
+    pull, label_pull, spread = grads
+    log2_s0, centre = log_s0 / LN2, centre / LN2
+    for columns in shard.block_columns():
+        real, real_out = logits[:, columns], out[:, columns]
+        if real.numel() == 0:
+            continue
+        column, is_here = _label_columns(labels, shard.start + columns.start, real.shape[1])
+        here_pull = label_pull.masked_fill(~is_here, 0.0)
+        for rows, grad, weight in _chunks(real, chunk_tokens):
+            v = _centre(real[rows], maxima[rows], temperature, out=grad)
+            if spread is not None:
+                torch.sub(v, centre[rows, None], out=weight)
+            grad.sub_(log2_s0[rows, None]).exp2_()
+            if spread is None:
+                grad.mul_(-pull[rows, None])
+            else:
+                weight.mul_(-LN2 * spread[rows, None]).sub_(pull[rows, None])
+                grad.mul_(weight)
+            grad.scatter_add_(1, column[rows], here_pull[rows, None])
+            real_out[rows] = grad
+
+
+def _chunks(logits: Tensor, chunk_tokens: int | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Row ranges of at most chunk_tokens, each with two scratch buffers of its shape in the compute dtype."""
+    total, width = logits.shape
+    dtype = compute_dtype(logits)
+    size = chunk_tokens or max(1, SCRATCH_BYTES[logits.device.type] // (2 * width * dtype.itemsize))
+    scratch = logits.new_empty(2, min(size, total), width, dtype=dtype)
+    for first in range(0, total, size):
+        rows = slice(first, min(first + size, total))
+        yield rows, scratch[0, : rows.stop - first], scratch[1, : rows.stop - first]
+
+
+def _centre(logits: Tensor, maxima: Tensor, temperature: float, *, out: Tensor) -> Tensor:
+    """v = (z - m) log2(e) / temperature, at least FLOOR, in out. Subtracting first keeps large logits exact."""
+    torch.sub(logits, maxima[:, None], out=out)
+    return out.mul_(1 / (LN2 * temperature)).clamp_(min=FLOOR)
+
+
+def _label_columns(labels: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
+    """[T, 1] column of each label, some column where it is not here; [T] bool: it is here."""
+    local = labels - start
+    return local.clamp(0, width - 1)[:, None], (local >= 0) & (local < width)
