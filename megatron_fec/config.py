@@ -31,7 +31,10 @@ class PolicyConfig:
     sequence_parallel: bool = False
     precision: str = "bf16"  # bf16 | fp32
     distributed_optimizer: bool = True
-    micro_batch_tokens: int = 16384  # tokens that one forward may hold; a longer sequence is an error
+    micro_batch_tokens: int = 16384  # tokens of one forward, over all context ranks; a longer sequence is an error
+    logits_chunk_tokens: int | None = (
+        None  # at most this many tokens' worth of logits at a time; null is no limit
+    )
     recompute: str = "none"  # none | selective | full
 
 
@@ -76,7 +79,6 @@ class AlgorithmConfig:
     aggregation: str = "token_mean"  # key of algorithm.losses.AGGREGATIONS
     dual_clip: float | None = 3.0  # null is off; verl's 3.0 is always on there
     log_ratio_clamp: float = 20.0
-    advantage_delta: float = 1e-6  # added to the group's standard deviation
     prompts_per_update: int = MISSING  # size of one optimizer step's mini-batch, in prompts
     epochs: int = 1  # passes over one rollout
 
@@ -173,6 +175,7 @@ AT_LEAST_ONE = (
     "policy.pipeline_parallel",
     "policy.context_parallel",
     "policy.micro_batch_tokens",
+    "policy.logits_chunk_tokens",
     "algorithm.schedule.total_steps",
     "algorithm.prompts_per_update",
     "algorithm.epochs",
@@ -197,7 +200,6 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "optimizer.warmup_steps",
     "optimizer.weight_decay",
-    "algorithm.advantage_delta",
     "warm_start.steps",
     "trainer.seed",
     "trainer.save_every",
@@ -311,8 +313,8 @@ def _check_ranges(config: Config) -> None:
         (NOT_NEGATIVE, "0 or more", lambda v: v < 0),
     ):
         for key in keys:
-            if is_broken(_get(config, key)):
-                raise ConfigError(f"{key}={_get(config, key)} must be {rule}.")
+            if (value := _get(config, key)) is not None and is_broken(value):
+                raise ConfigError(f"{key}={value} must be {rule}.")
     for key in ("rollout.gpu_memory_utilization", "algorithm.schedule.h_min_ratio"):
         if not 0 < _get(config, key) <= 1:
             raise ConfigError(f"{key}={_get(config, key)} must be in (0, 1].")
@@ -349,18 +351,17 @@ def _check_batch(config: Config) -> None:
             "an advantage compares the responses of one prompt."
         )
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    if config.policy.micro_batch_tokens < longest:
+    context = config.policy.context_parallel
+    multiple = 2 * context if context > 1 else 1  # of a sequence's length, context_split.py:sequence_multiple
+    needed = -(-longest // multiple) * multiple
+    if config.policy.micro_batch_tokens < needed:
         raise ConfigError(
             f"policy.micro_batch_tokens={config.policy.micro_batch_tokens} must hold the longest sequence, "
-            f"{longest} = rollout.max_prompt_tokens + rollout.max_response_tokens. Use at least {longest}."
+            f"{longest} = rollout.max_prompt_tokens + rollout.max_response_tokens, padded to a multiple of {multiple} "
+            f"with policy.context_parallel={context}. Use at least {needed}."
         )
     if config.policy.sequence_parallel and config.policy.tensor_parallel == 1:
         raise ConfigError("policy.sequence_parallel=true needs policy.tensor_parallel > 1. Set it to false.")
-    if config.policy.context_parallel > 1:
-        raise ConfigError(
-            f"policy.context_parallel={config.policy.context_parallel} is not supported yet. Use 1 and raise "
-            "policy.tensor_parallel or policy.recompute for long sequences."
-        )
 
 
 def _check_schedule(config: Config) -> None:

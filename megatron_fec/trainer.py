@@ -108,7 +108,7 @@ class Trainer:
             rewards, verifier_metrics = self._collect_rewards(scoring, groups)
         on_policy = sums.means()
         self._check_rollouts(on_policy, step)
-        advantages = group_advantages(torch.tensor(rewards), delta=self.config.algorithm.advantage_delta)
+        advantages = group_advantages(torch.tensor(rewards))
         metrics = _rollout_metrics(groups, rewards) | verifier_metrics | on_policy
         return Rollouts(
             updates=with_advantages(updates, advantages),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def group_advantages(rewards: Tensor, *, delta: float) -> Tensor:
+def group_advantages(rewards: Tensor, *, delta: float = 1e-6) -> Tensor:
     """GRPO advantages (R - mean) / (std + delta) within each group, arXiv 2402.03300.
 
     rewards: [P, G], one row a prompt. std is the unbiased one. A group of equal rewards gives exactly 0.

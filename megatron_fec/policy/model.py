@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from mbridge.core.llm_bridge import LLMBridge
 from mbridge.models.llama import LLaMABridge
 from mbridge.models.qwen2 import Qwen2Bridge
@@ -18,6 +19,10 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.parallel_state import is_pipeline_first_stage
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -29,6 +34,7 @@ from megatron_fec.policy.device import device
 from megatron_fec.policy.local_layers import PackedAttention, RMSNorm
 from megatron_fec.policy.parallel import ParallelLayout
 from megatron_fec.types import MicroBatch, TokenStats
+from megatron_fec.vocab_parallel.chunked_head import chunked_head_token_stats
 from megatron_fec.vocab_parallel.token_stats import token_stats
 
 try:
@@ -58,25 +64,52 @@ LOCAL_MLP_NORM = {"pre_mlp_layernorm.weight": ["model.layers.{layer_number}.post
 
 
 class PolicyModel(GPTModel):
-    """GPTModel whose loss hook returns the statistics of the local vocabulary shard instead of a cross entropy.
+    """GPTModel that answers labels with the statistics of the local vocabulary shard instead of a cross entropy.
 
-    The hook sees the logits in the model's dtype, before Megatron's copy to fp32.
+    They are made from the logits in the model's dtype, before Megatron's copy to fp32. All TP ranks hold the same ones.
     """
 
     true_vocab_size: int
     temperature: float
-    tensor_group: Any
+    tensor_group: dist.ProcessGroup
+    logits_chunk_tokens: int | None
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> TokenStats:  # type: ignore[override]
-        """labels [1, T], logits [T, 1, V_local] -> [T] statistics, on the last stage, equal on all TP ranks."""
+        """labels [1, T], logits [T, 1, V_local] -> [T] statistics; Megatron's hook, on the last stage."""
         return token_stats(
             logits.squeeze(1),
             labels.squeeze(0),
-            group=self.tensor_group,
-            vocab_size=self.true_vocab_size,
-            temperature=self.temperature,
+            **self._softmax_settings(),
             reuse_logits=True,  # they belong to this forward alone
         )
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """With logits_chunk_tokens, the last stage goes from hidden states to statistics without whole logits."""
+        labels = kwargs["labels"]
+        if self.logits_chunk_tokens is None or labels is None or not self.post_process:
+            return super()._postprocess(hidden_states, *args, **kwargs)
+        shares_weight = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if shares_weight else self.output_layer.weight
+        assert weight is not None
+        # What ColumnParallelLinear does around its product: the gradient of the hidden states is summed over the group.
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.tensor_group)
+        else:
+            hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=self.tensor_group)
+        return chunked_head_token_stats(
+            hidden_states.squeeze(1),
+            weight,
+            labels.squeeze(0),
+            **self._softmax_settings(),
+            chunk_tokens=self.logits_chunk_tokens,
+        )
+
+    def _softmax_settings(self) -> dict[str, Any]:
+        return {
+            "group": self.tensor_group,
+            "vocab_size": self.true_vocab_size,
+            "temperature": self.temperature,
+        }
 
 
 def load_hf_config(path: str) -> PretrainedConfig:
@@ -127,7 +160,12 @@ def build_bridge(hf_config: PretrainedConfig, policy: PolicyConfig) -> LLMBridge
 
 
 def build_model(
-    bridge: LLMBridge, layout: ParallelLayout, *, temperature: float, vocab_size: int
+    bridge: LLMBridge,
+    layout: ParallelLayout,
+    *,
+    temperature: float,
+    vocab_size: int,
+    logits_chunk_tokens: int | None = None,
 ) -> tuple[torch.nn.Module, TransformerConfig]:
     """This rank's stage and shard, weights not loaded; wrapped for bf16 where that is the precision.
 
@@ -150,6 +188,7 @@ def build_model(
     model.true_vocab_size = min(vocab_size, hf_config.vocab_size)
     model.temperature = temperature
     model.tensor_group = layout.tensor_group
+    model.logits_chunk_tokens = logits_chunk_tokens
     model.to(device())
     return (Float16Module(config, model) if config.bf16 else model), config
 

@@ -53,7 +53,13 @@ def build_policy(
     hf_config = load_hf_config(model_path)
     check_model_sizes(hf_config, policy)
     bridge = build_bridge(hf_config, policy)
-    model, megatron_config = build_model(bridge, layout, temperature=temperature, vocab_size=vocab_size)
+    model, megatron_config = build_model(
+        bridge,
+        layout,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        logits_chunk_tokens=policy.logits_chunk_tokens,
+    )
     bridge.load_weights([unwrapped(model)], model_path)
     wrapped = wrap_ddp(model, megatron_config, policy)
     built, scheduler = build_optimizer(wrapped, policy, optimizer, total_steps=total_steps)
