@@ -58,4 +58,5 @@ def be_one_rank() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     for message in (".*(Apex|apex|Transformer Engine|transformer_engine)", "full scope is deprecated"):
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+    for name in ("torch._library.triton", "vllm.triton_utils.importing"):
+        logging.getLogger(name).setLevel(logging.ERROR)
