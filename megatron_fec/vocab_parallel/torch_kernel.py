@@ -45,8 +45,8 @@ def shard_sums(
         label_logits = real.gather(1, column).squeeze(1).to(dtype)
         sums[:, block, 3] = label_logits.masked_fill_(~is_here, -math.inf)
         for rows, v, e in _chunks(real, chunk_tokens):
-            maxima = real[rows].amax(-1).to(dtype).clamp_(min=lowest)
-            _centre(real[rows], maxima, temperature, out=v)
+            maxima = v.copy_(real[rows]).amax(-1).clamp_(min=lowest)  # a bf16 amax is slower than copy and amax
+            _centre(v, maxima, temperature)
             torch.exp2(v, out=e)
             sums[rows, block, 0] = maxima
             sums[rows, block, 1] = e.sum(-1)
@@ -84,7 +84,7 @@ def write_gradient(
         column, is_here = _label_columns(labels, shard.start + columns.start, real.shape[1])
         here_pull = label_pull.masked_fill(~is_here, 0.0)
         for rows, grad, weight in _chunks(real, chunk_tokens):
-            v = _centre(real[rows], maxima[rows], temperature, out=grad)
+            v = _centre(grad.copy_(real[rows]), maxima[rows], temperature)
             if spread is not None:
                 torch.sub(v, centre[rows, None], out=weight)
             grad.sub_(log2_s0[rows, None]).exp2_()
@@ -108,10 +108,9 @@ def _chunks(logits: Tensor, chunk_tokens: int | None) -> Iterator[tuple[slice, T
         yield rows, scratch[0, : rows.stop - first], scratch[1, : rows.stop - first]
 
 
-def _centre(logits: Tensor, maxima: Tensor, temperature: float, *, out: Tensor) -> Tensor:
-    """v = (z - m) log2(e) / temperature, at least FLOOR, in out. Subtracting first keeps large logits exact."""
-    torch.sub(logits, maxima[:, None], out=out)
-    return out.mul_(1 / (LN2 * temperature)).clamp_(min=FLOOR)
+def _centre(logits: Tensor, maxima: Tensor, temperature: float) -> Tensor:
+    """v = (z - m) log2(e) / temperature, at least FLOOR, in place. Subtracting first keeps large logits exact."""
+    return logits.sub_(maxima[:, None]).mul_(1 / (LN2 * temperature)).clamp_(min=FLOOR)
 
 
 def _label_columns(labels: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
