@@ -66,7 +66,7 @@ test-mcore19:
 	@if test -z "$(PYTHON312)"; then \
 		echo "test-mcore19: SKIPPED, python3.12 was not found (megatron-core 0.19 needs it; PYTHON312=/path/to/it)."; \
 	else $(MAKE) --no-print-directory .venv-mcore19/installed PYTHON312="$(PYTHON312)" \
-		&& .venv-mcore19/bin/python -m pytest -ra tests/test_policy*.py tests/test_layouts.py; fi
+		&& .venv-mcore19/bin/python -m pytest -ra tests/test_policy*.py tests/test_layouts.py tests/test_context_parallel.py; fi
 
 .venv-mcore19/installed: requirements/mcore19-py312.lock
 	@.venv-mcore19/bin/python -m pip --version >/dev/null 2>&1 || "$(PYTHON312)" -m venv --clear .venv-mcore19

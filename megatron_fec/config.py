@@ -31,7 +31,7 @@ class PolicyConfig:
     sequence_parallel: bool = False
     precision: str = "bf16"  # bf16 | fp32
     distributed_optimizer: bool = True
-    micro_batch_tokens: int = 16384  # tokens of one forward, over all context ranks; a longer sequence is an error
+    micro_batch_tokens: int = 16384  # of one forward, on all context ranks; a longer sequence is an error
     logits_chunk_tokens: int | None = (
         None  # at most this many tokens' worth of logits at a time; null is no limit
     )

@@ -106,8 +106,9 @@ def _engine(config: Config, inputs: Inputs, policy: Policy) -> Engine:
         return NativeEngine(
             sample=partial(sample_responses, policy),
             tokenizer=inputs.tokenizer,
-            data_parallel_rank=policy.layout.data_parallel_rank,
-            data_parallel_size=policy.layout.data_parallel,
+            # Context ranks sample prompts of their own: a decoded position cannot be split over them.
+            data_parallel_rank=dist.get_rank(policy.layout.data_group),
+            data_parallel_size=dist.get_world_size(policy.layout.data_group),
             is_leader=policy.layout.reports_metrics,
         )
     # Imported only here: vLLM is an optional extra, and importing it takes seconds.
@@ -130,6 +131,8 @@ def _pack_layout(config: Config, layout: ParallelLayout) -> PackLayout:
         data_parallel_size=layout.data_parallel,
         micro_batch_tokens=config.policy.micro_batch_tokens,
         multiple=config.policy.tensor_parallel if config.policy.sequence_parallel else 1,
+        context_parallel_rank=layout.context_parallel_rank,
+        context_parallel_size=layout.context_parallel,
     )
 
 
@@ -174,7 +177,8 @@ def _headline(config: Config, inputs: Inputs, layout: ParallelLayout) -> str:
     left_out = f", {prompts.num_too_long} too long" if prompts.num_too_long else ""
     lines = [
         f"{config.model.path} on {device().type}: TP {policy.tensor_parallel} x PP {policy.pipeline_parallel} "
-        f"x DP {layout.data_parallel}, rollouts by {config.rollout.engine}, schedule {config.algorithm.schedule.name}",
+        f"x CP {layout.context_parallel} x DP {layout.data_parallel}, rollouts by {config.rollout.engine}, "
+        f"schedule {config.algorithm.schedule.name}",
         f"{len(prompts.prompts)} prompts{left_out}; a step is {config.rollout.prompts_per_step} x "
         f"{config.rollout.group_size} responses in {config.updates_per_rollout} updates",
     ]

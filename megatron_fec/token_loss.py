@@ -29,6 +29,8 @@ def policy_token_loss(algorithm: AlgorithmConfig, weights: BlendWeights) -> Toke
             bounds=clip_bounds(stats.logprobs.detach().exp(), weights, lines=lines),
             entropy=stats.entropy,
             sequence_ids=micro_batch.sequence_ids,
+            response_starts=micro_batch.response_starts,
+            response_lengths=micro_batch.response_lengths,
             aggregation=algorithm.aggregation,
             dual_clip=algorithm.dual_clip,
             log_ratio_clamp=algorithm.log_ratio_clamp,

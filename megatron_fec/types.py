@@ -1,6 +1,7 @@
 """The data that flows through one step: Prompt -> Sample -> SampleGroup -> MicroBatch -> TokenStats -> ClipBounds.
 
-Letters: T tokens of a packed micro-batch, V vocabulary, V_local a shard of it, N sequences of a micro-batch.
+Letters: T tokens of a packed micro-batch that a rank holds, V vocabulary, V_local a shard of it, N sequences of a
+micro-batch.
 Alignment holds everywhere: index t of any [T] tensor is about predicting `labels[t]`, the token after `tokens[t]`.
 
 The text half (Prompt, Sample, SampleGroup) is used by verifier processes, so this module does not import torch.
@@ -50,18 +51,22 @@ class SampleGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """What one forward sees: N sequences packed end to end into T tokens; identical on TP and PP ranks of a DP rank.
+    """What one forward sees: N sequences packed end to end into T tokens; identical on TP and PP ranks.
 
-    T is padded to a multiple of the layout; the padding is one more sequence, without labels.
+    The length is padded to a multiple of the layout; the padding is one more sequence, without labels.
+    Under context parallelism every sequence is padded at its end, and the [T] tensors hold this context rank's part
+    (context_split.py): T is the length over the context ranks. cu_seqlens and max_seqlen are those of the whole.
     """
 
     tokens: Tensor  # [T] int64
     labels: Tensor  # [T] int64, tokens shifted inside each sequence, -100 where there is nothing to predict
     position_ids: Tensor  # [T] int64, restarting at 0 in each sequence
-    cu_seqlens: Tensor  # [N + 1] int32, starts of the sequences, then T
+    cu_seqlens: Tensor  # [N + 1] int32, starts of the sequences, then the whole length
     max_seqlen: int
     sequence_ids: Tensor  # [T] int64, number of the sample inside the whole step, -1 on padding
     response_mask: Tensor  # [T] bool, True where labels[t] was sampled by the policy
+    response_starts: Tensor  # [T] bool, True at the first position of a response, on one context rank
+    response_lengths: Tensor  # [T] int64, tokens of the whole response, 0 outside it
     advantages: Tensor  # [T] fp32, 0 outside the response
     rollout_logprobs: Tensor  # [T] fp32, the engine's, 0 outside the response
     old_logprobs: Tensor | None = (
@@ -110,7 +115,9 @@ class LossInputs:
     response_mask: Tensor  # bool
     bounds: ClipBounds
     entropy: Tensor | None = None  # differentiable
-    sequence_ids: Tensor | None = None  # int64; needed by the sequence aggregations
+    sequence_ids: Tensor | None = None  # int64; the sequence aggregations need it where no sequence is split,
+    response_starts: Tensor | None = None  # and these two of MicroBatch where context ranks share one
+    response_lengths: Tensor | None = None
     aggregation: str = "token_mean"  # key of algorithm.losses.AGGREGATIONS
     dual_clip: float | None = None  # c: with A < 0 the loss is at most -A c
     log_ratio_clamp: float = 20.0  # |log ratio| above it is clamped and carries no gradient

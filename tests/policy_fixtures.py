@@ -85,9 +85,9 @@ class Outcome:
 
 
 def save_model(folder: Path, kind: str) -> Path:
-    """Writes the checkpoint named `kind`: qwen2, tied, qwen3 (norms on queries and keys), or a key of ROPES.
+    """Writes the checkpoint named `kind`: qwen2, tied, qwen3 (norms on queries and keys), qwen3_kv4, or a key of ROPES.
 
-    All but the first two have grouped key-value heads and rows without a token.
+    All but the first two have rows without a token, and all but these and qwen3_kv4 have grouped key-value heads.
     """
     save_tiny_model(folder, WORDS, seed=5, is_tied=kind == "tied")
     sizes: dict[str, Any] = {
@@ -96,7 +96,7 @@ def save_model(folder: Path, kind: str) -> Path:
         "intermediate_size": 80,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_key_value_heads": 4 if kind == "qwen3_kv4" else 2,
         "head_dim": 24,
         "max_position_embeddings": 64,
         "initializer_range": 0.15,
@@ -107,7 +107,7 @@ def save_model(folder: Path, kind: str) -> Path:
         torch.manual_seed(5)
         if kind in ("qwen2", "tied"):
             model = AutoModelForCausalLM.from_pretrained(folder)
-        elif kind == "qwen3":
+        elif kind in ("qwen3", "qwen3_kv4"):
             model = Qwen3ForCausalLM(Qwen3Config(**sizes))
         else:
             model = LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=ROPES[kind]))
@@ -168,7 +168,8 @@ def on_layout(
             spare_the_helper()
         return job(build(model_dir, chosen, **build_arguments))
 
-    return run_on_ranks(chosen.tensor_parallel * chosen.pipeline_parallel * data_parallel, on_rank)
+    model_ranks = chosen.tensor_parallel * chosen.pipeline_parallel * chosen.context_parallel
+    return run_on_ranks(model_ranks * data_parallel, on_rank)
 
 
 def allow_children() -> None:
@@ -215,6 +216,7 @@ def pack_for(
     micro_batch_tokens: int = 512,
     multiple: int = 2,
     prompts_per_update: int | None = None,
+    seed: int = 1,
 ) -> list[list[MicroBatch]]:
     """This rank's micro-batches, [update][micro-batch], with advantages."""
     layout = PackLayout(
@@ -222,8 +224,10 @@ def pack_for(
         data_parallel_size=policy.layout.data_parallel,
         micro_batch_tokens=micro_batch_tokens,
         multiple=multiple,
+        context_parallel_rank=policy.layout.context_parallel_rank,
+        context_parallel_size=policy.layout.context_parallel,
     )
-    updates = pack(groups, layout=layout, prompts_per_update=prompts_per_update or len(groups), seed=1)
+    updates = pack(groups, layout=layout, prompts_per_update=prompts_per_update or len(groups), seed=seed)
     return with_advantages(updates, advantages(len(groups), len(groups[0].samples)))
 
 

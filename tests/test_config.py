@@ -135,7 +135,10 @@ def test_choices(minimal: Path, key: str):
             r"micro_batch_tokens=31 must hold the longest sequence, 32 .* at least 32",
         ),
         (["policy.sequence_parallel=true"], r"sequence_parallel=true needs policy\.tensor_parallel > 1"),
-        (["policy.context_parallel=2"], r"context_parallel=2 is not supported yet"),
+        (
+            ["policy.context_parallel=3", "policy.micro_batch_tokens=35"],
+            r"=35 must hold the longest sequence, 32 .* a multiple of 6 with policy\.context_parallel=3\. Use at least 36",
+        ),
         (["algorithm.prompts_per_update=12"], r"schedule\.name=id with one update per rollout does nothing"),
         (["trainer.max_steps=7"], r"schedule\.total_steps=6 must be at least trainer\.max_steps=7"),
         (["algorithm.schedule.phase_ratio=1"], r"phase_ratio=1\.0 must be between 0 and 1"),
@@ -156,6 +159,8 @@ def test_bad_settings_name_setting_value_and_rule(minimal: Path, overrides: list
     "overrides",
     [
         ["policy.micro_batch_tokens=32"],
+        ["policy.context_parallel=2", "policy.micro_batch_tokens=32"],
+        ["policy.context_parallel=3", "policy.micro_batch_tokens=36"],
         ["trainer.max_steps=6"],
         ["algorithm.dual_clip=null"],
         ["policy.sequence_parallel=true", "policy.tensor_parallel=2"],

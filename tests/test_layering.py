@@ -16,6 +16,7 @@ FLOORS = {  # first part of the name below megatron_fec
     "config": 0,
     "metrics": 0,
     "seeds": 0,
+    "context_split": 0,
     "algorithm": 0,
     "vocab_parallel": 1,
     "policy": 2,
@@ -43,6 +44,7 @@ ONLY_IN = {
     "mbridge": "megatron_fec.policy",
     "transformer_engine": "megatron_fec.policy",
     "vllm": "megatron_fec.rollout.vllm_engine",
+    "triton": "megatron_fec.vocab_parallel.triton_kernel",
 }
 MAX_LINES = 400
 SOURCES = sorted(PACKAGE.rglob("*.py"))

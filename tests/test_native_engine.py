@@ -249,7 +249,7 @@ def test_training_does_not_notice_the_sampling(
         flags = [
             (name, module.training, getattr(module, switch, None))
             for name, module in policy.model.named_modules()
-            for switch in sampling.SEQUENCE_PARALLEL_SWITCHES
+            for switch in sampling.SPLIT_SWITCHES
         ]
         config = vars(model.config).copy()  # type: ignore[union-attr]
         return [*parameters, *gradients, torch.get_rng_state(), flags, str(config)]

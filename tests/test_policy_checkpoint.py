@@ -98,8 +98,8 @@ def random_numbers() -> list[float]:
 @pytest.mark.parametrize("is_distributed", [False, True])
 @pytest.mark.parametrize(
     ("layout", "data_parallel"),
-    [({"tensor_parallel": 2}, 1), ({"pipeline_parallel": 2}, 1), ({}, 2)],
-    ids=["tp2", "pp2", "dp2"],
+    [({"tensor_parallel": 2}, 1), ({"pipeline_parallel": 2}, 1), ({}, 2), ({"context_parallel": 2}, 1)],
+    ids=["tp2", "pp2", "dp2", "cp2"],
 )
 def test_resuming_changes_no_bit(
     model_dir: Path, tmp_path: Path, layout: dict[str, int], data_parallel: int, is_distributed: bool
@@ -162,8 +162,10 @@ def test_resuming_bf16_changes_no_bit(model_dir: Path, tmp_path: Path) -> None:
         ({"tensor_parallel": 2}, 1, {}),
         ({}, 1, {"pipeline_parallel": 2}),
         ({"pipeline_parallel": 2}, 1, {"tensor_parallel": 2}),
+        ({"context_parallel": 2}, 1, {"tensor_parallel": 2}),
+        ({}, 1, {"context_parallel": 2}),
     ],
-    ids=["dp2-dp1", "tp2-tp1", "pp1-pp2", "pp2-tp2"],
+    ids=["dp2-dp1", "tp2-tp1", "pp1-pp2", "pp2-tp2", "cp2-tp2", "cp1-cp2"],
 )
 def test_another_layout_goes_on_with_the_same_losses(
     model_dir: Path,

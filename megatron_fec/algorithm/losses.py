@@ -104,26 +104,29 @@ def _token_mean(losses: Tensor, inputs: LossInputs) -> tuple[Tensor, Tensor]:
 
 
 def _seq_mean_token_mean(losses: Tensor, inputs: LossInputs) -> tuple[Tensor, Tensor]:
-    """Every sequence weighs the same, and so does every token of a sequence; no sequence may be split."""
-    lengths, inverse = _response_lengths(inputs)
-    per_token = (
-        torch.where(inputs.response_mask, losses, 0.0) / lengths.clamp(min=1).to(losses.dtype)[inverse]
-    )
-    return per_token.sum(), (lengths > 0).sum()
+    """Every sequence weighs the same, and so does every token of a sequence."""
+    lengths, count = _responses(inputs)
+    per_token = torch.where(inputs.response_mask, losses, 0.0) / lengths.clamp(min=1).to(losses.dtype)
+    return per_token.sum(), count
 
 
 def _seq_mean_token_sum(losses: Tensor, inputs: LossInputs) -> tuple[Tensor, Tensor]:
     """A sequence weighs as much as it has tokens, and the mean is over sequences."""
-    lengths, _ = _response_lengths(inputs)
-    return torch.where(inputs.response_mask, losses, 0.0).sum(), (lengths > 0).sum()
+    return torch.where(inputs.response_mask, losses, 0.0).sum(), _responses(inputs)[1]
 
 
-def _response_lengths(inputs: LossInputs) -> tuple[Tensor, Tensor]:
-    """[S] response tokens of each sequence (the padding is one more, of length 0), and [T] which is whose."""
+def _responses(inputs: LossInputs) -> tuple[Tensor, Tensor]:
+    """[T] response tokens of each token's sequence, and how many sequences count here.
+
+    A sequence that is split over ranks has its whole length on each of them and counts where its response starts.
+    """
+    if inputs.response_lengths is not None:
+        assert inputs.response_starts is not None, "LossInputs.response_lengths needs response_starts"
+        return inputs.response_lengths, (inputs.response_starts & inputs.response_mask).sum()
     assert inputs.sequence_ids is not None, f"aggregation {inputs.aggregation} needs LossInputs.sequence_ids"
     ids, inverse = torch.unique(inputs.sequence_ids, return_inverse=True)
     lengths = torch.zeros_like(ids).index_add(0, inverse, inputs.response_mask.to(ids.dtype))
-    return lengths, inverse
+    return lengths[inverse], (lengths > 0).sum()
 
 
 POLICY_LOSSES: dict[str, Callable[[LossInputs], LossOutput]] = {"clip": clipped_surrogate}

@@ -9,9 +9,14 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_fec.context_split import context_indices
 
 
 class RMSNorm(torch.nn.Module):
@@ -35,12 +40,19 @@ class PackedAttention(torch.nn.Module):
 
     Packed: query [T, heads, dim], key and value [T, groups, dim] -> [T, heads * dim].
     Cached: query [S, batch, heads, dim], key and value [S_kv, batch, groups, dim] -> [S, batch, heads * dim].
-    heads and groups are those of this TP rank.
+    heads and groups are those of this TP rank, T the tokens of this context rank.
     """
 
-    def __init__(self, config: TransformerConfig, *unused: Any, **also_unused: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *unused: Any,
+        pg_collection: ProcessGroupCollection,
+        **also_unused: Any,
+    ) -> None:
         super().__init__()
         self.config = config
+        self.context_group = pg_collection.cp
 
     def forward(
         self,
@@ -54,7 +66,27 @@ class PackedAttention(torch.nn.Module):
     ) -> Tensor:
         if packed_seq_params is None:
             return _cached_attention(query, key, value)
-        return _packed_attention(query, key, value, packed_seq_params)
+        if self.context_group.size() == 1:
+            return _packed_attention(query, key, value, packed_seq_params)
+        return _context_parallel_attention(
+            query, key, value, packed_seq_params, context_group=self.context_group
+        )
+
+
+def _context_parallel_attention(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams, *, context_group: ProcessGroup
+) -> Tensor:
+    """Every rank gathers the whole, attends for all tokens and keeps its own: simple, and as slow as one rank alone.
+
+    The backward of the gather adds up what the ranks' own tokens ask of a row, on the rank that holds it.
+    """
+    size = context_group.size()
+    order = torch.cat([context_indices(packed.cu_seqlens_q, rank=r, size=size) for r in range(size)])
+    query, key, value = (
+        gather_from_sequence_parallel_region(x, group=context_group)[order.argsort()]
+        for x in (query, key, value)
+    )
+    return _packed_attention(query, key, value, packed)[order.chunk(size)[context_group.rank()]]
 
 
 def _packed_attention(query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:

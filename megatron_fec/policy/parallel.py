@@ -21,16 +21,18 @@ class ParallelLayout:
 
     tensor_parallel: int
     pipeline_parallel: int
+    context_parallel: int
+    context_parallel_rank: int
     data_parallel: int
     data_parallel_rank: int
     tensor_group: dist.ProcessGroup
     pipeline_group: dist.ProcessGroup
-    data_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup  # DP x CP: its ranks hold different tokens under the same weights
     is_last_stage: bool
 
     @property
     def reports_metrics(self) -> bool:
-        """True on one rank per data-parallel rank: what these ranks hold, added up, is the whole batch."""
+        """True on one rank of each DP x CP rank: what these ranks hold, added up, is the whole batch."""
         return self.is_last_stage and dist.get_rank(self.tensor_group) == 0
 
 
@@ -48,12 +50,14 @@ def initialize_parallel(policy: PolicyConfig, *, seed: int) -> ParallelLayout:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     tensor_group = parallel_state.get_tensor_model_parallel_group()
     pipeline_group = parallel_state.get_pipeline_model_parallel_group()
-    data_group = parallel_state.get_data_parallel_group()
+    data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     assert isinstance(tensor_group, dist.ProcessGroup) and isinstance(pipeline_group, dist.ProcessGroup)
     assert isinstance(data_group, dist.ProcessGroup)
     return ParallelLayout(
         tensor_parallel=policy.tensor_parallel,
         pipeline_parallel=policy.pipeline_parallel,
+        context_parallel=policy.context_parallel,
+        context_parallel_rank=parallel_state.get_context_parallel_rank(),
         data_parallel=parallel_state.get_data_parallel_world_size(),
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         tensor_group=tensor_group,

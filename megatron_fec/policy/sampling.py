@@ -2,7 +2,8 @@
 
 One uniform number decides one token, by the inverse CDF over the true vocabulary: the choice is the same in every
 layout, up to rounding. In all layouts the logits of one position ([N, V]) are gathered over TP, which megatron-core's
-inference mode asks for. Sequence parallelism is switched off meanwhile: a decoded position cannot be split over ranks.
+inference mode asks for. Sequence and context parallelism are switched off meanwhile: a decoded position cannot be split
+over ranks, and each context rank samples on its own.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ except ImportError:
     _inference_mode = nullcontext
 
 CHUNK_TOKENS = 1 << 16  # rows x longest sequence that are decoded together: the size of the KV cache
-# What makes a module of megatron-core or Transformer Engine split its activations over the tensor ranks.
-SEQUENCE_PARALLEL_SWITCHES = (
-    "sequence_parallel",
-    "scatter_to_sequence_parallel",
-    "reduce_scatter_embeddings",
-)
+# What makes a module of megatron-core or Transformer Engine split its activations over tensor or context ranks, and
+# the value that stops it.
+SPLIT_SWITCHES = {
+    "sequence_parallel": False,
+    "scatter_to_sequence_parallel": False,
+    "reduce_scatter_embeddings": False,
+    "cp_group": None,  # of the rotary embedding and of Transformer Engine's attention
+}
 
 
 def sample_responses(
@@ -47,7 +50,7 @@ def sample_responses(
     """One response for each prompt: its ids, the stop token included, and their log-probs.
 
     prompts: the same on all TP and PP ranks of a data-parallel rank, which all call this and get the same result;
-    nothing is communicated between data-parallel ranks.
+    nothing is communicated between data-parallel or context ranks.
     uniforms: [N, max_response_tokens] in [0, 1), one for each row and response position.
     Log-probs are at the temperature, over the true vocabulary. Parameters, gradients, the train or eval mode and the
     global random states are left as they are.
@@ -181,32 +184,32 @@ def _agreed(
 
 @contextmanager
 def _ready_to_infer(policy: Policy) -> Iterator[None]:
-    """Eval mode without sequence parallelism; afterwards all is as it was."""
+    """Eval mode without sequence and context parallelism; afterwards all is as it was."""
     model, was_training = unwrapped(policy.model), policy.model.training
     policy.model.eval()
-    switched_off = _switch_off_sequence_parallel(model)
+    switched_off = _switch_off_splits(model)
     try:
         with _inference_mode():
             yield
     finally:
-        for owner, name in switched_off:
-            setattr(owner, name, True)
+        for owner, name, value in switched_off:
+            setattr(owner, name, value)
         policy.model.train(was_training)
 
 
-def _switch_off_sequence_parallel(model: torch.nn.Module) -> list[tuple[Any, str]]:
-    """(owner, attribute) of the switches that were on.
+def _switch_off_splits(model: torch.nn.Module) -> list[tuple[Any, str, Any]]:
+    """(owner, attribute, value) of the switches that were on.
 
     megatron-core's set_model_to_sequence_parallel is not used: it remembers modules by the address of a model, also
     after that model is gone.
     """
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     found = [
-        (owner, name)
+        (owner, name, value)
         for owner in [*configs.values(), *model.modules()]
-        for name in SEQUENCE_PARALLEL_SWITCHES
-        if getattr(owner, name, False) is True
+        for name in SPLIT_SWITCHES
+        if (value := getattr(owner, name, None))
     ]
-    for owner, name in found:
-        setattr(owner, name, False)
+    for owner, name, _ in found:
+        setattr(owner, name, SPLIT_SWITCHES[name])
     return found

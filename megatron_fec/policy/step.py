@@ -121,7 +121,7 @@ def train_update(
 def reduce_metrics(sums: Sequence[MetricSums], layout: ParallelLayout) -> MetricSums:
     """The sum over micro-batches and ranks, the same bits on every rank; only last-stage ranks bring any.
 
-    Reduced over the data-parallel group, then broadcast from one rank, so that all take the same decision from it.
+    Reduced over DP x CP, then broadcast from one rank, so that all take the same decision from it.
     """
     total: MetricSums | None = None
     if layout.is_last_stage:
@@ -159,7 +159,7 @@ def _run(policy: Policy, micro_batches: Sequence[MicroBatch], use: Callable, *, 
             data_iterator=iter(micro_batches),
             model=[policy.model],
             num_microbatches=len(micro_batches),
-            seq_length=lengths.pop(),
+            seq_length=lengths.pop() * policy.layout.context_parallel,  # megatron divides it again
             micro_batch_size=1,
             forward_only=forward_only,
         )

@@ -1,17 +1,20 @@
 """Samples -> micro-batches: which rank trains on which sequence, and how sequences lie end to end in memory.
 
 A sequence of n tokens is fed as n - 1 positions, tokens[:-1], with labels tokens[1:]: no position is spent on a token
-after which nothing is predicted. Every rank computes the plan of the whole update, then builds its own tensors.
+after which nothing is predicted. Every rank computes the plan of the whole update, then builds its own tensors; labels
+are shifted before a sequence is split over context ranks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from megatron_fec.context_split import context_indices, sequence_multiple
 from megatron_fec.types import MicroBatch, SampleGroup
 
 IGNORED = -100  # label of a position without one
@@ -24,7 +27,9 @@ class PackLayout:
     data_parallel_rank: int
     data_parallel_size: int
     micro_batch_tokens: int  # of all sequences of a micro-batch, before the rounding to `multiple`
-    multiple: int  # a micro-batch's length is a multiple of it (tensor ranks under sequence parallelism)
+    multiple: int  # a rank's tokens are a multiple of it (tensor ranks under sequence parallelism)
+    context_parallel_rank: int = 0
+    context_parallel_size: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,14 +41,14 @@ class _Sequence:
 
     @property
     def length(self) -> int:
-        """Positions that the sequence takes."""
+        """Positions that are fed."""
         return len(self.prompt_ids) + len(self.response_ids) - 1
 
 
 def pack(
     groups: Sequence[SampleGroup], *, layout: PackLayout, prompts_per_update: int, seed: int
 ) -> list[list[MicroBatch]]:
-    """This data-parallel rank's micro-batches, [update][micro-batch].
+    """This rank's micro-batches, [update][micro-batch]; T of them is this context rank's part.
 
     An update holds as many samples as `prompts_per_update` prompts have, drawn without replacement from the whole step:
     siblings in one update cancel part of each other's gradient, and fewer tokens reach a clip bound
@@ -108,27 +113,35 @@ def pack_demonstrations(
 
 def _pack_update(sequences: Sequence[_Sequence], layout: PackLayout) -> list[MicroBatch]:
     """This rank's micro-batches of one update."""
-    for sequence in sequences:
-        _check(sequence, layout)
-    lengths = [sequence.length for sequence in sequences]
+    lengths = [_padded_length(sequence, layout) for sequence in sequences]
     plan = _plan(lengths, ranks=layout.data_parallel_size, budget=layout.micro_batch_tokens)
     longest = max(sum(lengths[i] for i in chosen) for bins in plan for chosen in bins)
-    total = max(1, -(-longest // layout.multiple)) * layout.multiple
-    mine = plan[layout.data_parallel_rank]
-    return [_micro_batch([sequences[i] for i in chosen], total) for chosen in mine]
+    size = layout.context_parallel_size
+    total = _round_up(max(1, longest), math.lcm(size * layout.multiple, sequence_multiple(size)))
+    return [
+        _micro_batch([sequences[i] for i in chosen], [lengths[i] for i in chosen], total, layout)
+        for chosen in plan[layout.data_parallel_rank]
+    ]
 
 
-def _check(sequence: _Sequence, layout: PackLayout) -> None:
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+def _padded_length(sequence: _Sequence, layout: PackLayout) -> int:
+    """Positions that the sequence takes, with its own padding under context parallelism."""
     if not sequence.prompt_ids or not sequence.response_ids:
         raise ValueError(
             f"sequence {sequence.sequence_id} has {len(sequence.prompt_ids)} prompt and {len(sequence.response_ids)} "
             "response tokens; each needs at least 1. Filter empty prompts and responses."
         )
-    if sequence.length > layout.micro_batch_tokens:
+    length = _round_up(sequence.length, sequence_multiple(layout.context_parallel_size))
+    if length > layout.micro_batch_tokens:
         raise ValueError(
             f"policy.micro_batch_tokens={layout.micro_batch_tokens} must hold the longest sequence, which has "
-            f"{sequence.length} positions. Raise it, or lower rollout.max_response_tokens."
+            f"{length} positions. Raise it, or lower rollout.max_response_tokens."
         )
+    return length
 
 
 def _plan(lengths: Sequence[int], *, ranks: int, budget: int) -> list[list[list[int]]]:
@@ -157,34 +170,40 @@ def _balance(indices: Sequence[int], lengths: Sequence[int], *, num_bins: int) -
     return bins
 
 
-def _micro_batch(sequences: Sequence[_Sequence], total: int) -> MicroBatch:
-    """The sequences end to end, and one of padding up to `total` tokens."""
-    lengths = [sequence.length for sequence in sequences]
-    used = sum(lengths)
+def _micro_batch(
+    sequences: Sequence[_Sequence], lengths: Sequence[int], total: int, layout: PackLayout
+) -> MicroBatch:
+    """This context rank's part of the sequences end to end, each padded to its length, and a last one of padding."""
     tokens, labels = torch.zeros(total, dtype=torch.int64), torch.full((total,), IGNORED, dtype=torch.int64)
     sequence_ids = torch.full((total,), -1, dtype=torch.int64)
-    response_mask = torch.zeros(total, dtype=torch.bool)
+    response_mask, response_starts = torch.zeros(2, total, dtype=torch.bool)
+    response_lengths = torch.zeros(total, dtype=torch.int64)
     logprobs = torch.zeros(total)
     start = 0
     for sequence, length in zip(sequences, lengths, strict=True):
-        end = start + length
+        end = start + sequence.length
         first = start + len(sequence.prompt_ids) - 1  # the index that predicts the first response token
         token_ids = torch.tensor([*sequence.prompt_ids, *sequence.response_ids], dtype=torch.int64)
         tokens[start:end], labels[start:end] = token_ids[:-1], token_ids[1:]
         sequence_ids[start:end] = sequence.sequence_id
         response_mask[first:end] = True
+        response_starts[first] = True
+        response_lengths[first:end] = len(sequence.response_ids)
         logprobs[first:end] = torch.tensor(sequence.logprobs)
-        start = end
-    if used < total:
-        lengths = [*lengths, total - used]
+        start += length
+    lengths = [*lengths, total - start] if start < total else lengths
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    mine = context_indices(cu_seqlens, rank=layout.context_parallel_rank, size=layout.context_parallel_size)
     return MicroBatch(
-        tokens=tokens,
-        labels=labels,
-        position_ids=torch.cat([torch.arange(n) for n in lengths]),
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+        tokens=tokens[mine],
+        labels=labels[mine],
+        position_ids=torch.cat([torch.arange(n) for n in lengths])[mine],
+        cu_seqlens=cu_seqlens,
         max_seqlen=max(lengths),
-        sequence_ids=sequence_ids,
-        response_mask=response_mask,
-        advantages=torch.zeros(total),
-        rollout_logprobs=logprobs,
+        sequence_ids=sequence_ids[mine],
+        response_mask=response_mask[mine],
+        response_starts=response_starts[mine],
+        response_lengths=response_lengths[mine],
+        advantages=torch.zeros(len(mine)),
+        rollout_logprobs=logprobs[mine],
     )
