@@ -1,9 +1,9 @@
-# setup | quickstart | test | test-fast | lint | test-mcore19 | clean; the README says what each needs.
+# setup | quickstart | test | test-fast | lint | test-mcore19 | benchmark | clean; the README says what each needs.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-fast lint test-mcore19 clean
+.PHONY: help setup quickstart test test-fast lint test-mcore19 benchmark clean
 
 # PYTHON=/path/to/python3.12 overrides the search, PYTHON312 the one of test-mcore19.
 PYTHON ?= $(call first_of,3.11 3.12,python3.11 python3.12 python3)
@@ -75,6 +75,17 @@ test-mcore19:
 	@.venv-mcore19/bin/python $(PIP_INSTALL) --no-deps -r $<
 	@touch $@
 
+# ARGS=--quick takes two minutes instead of ten.
+benchmark: setup .peers/installed
+	$(BIN)/python benchmarks/token_stats.py $(ARGS)
+
+# In a folder of their own: the peers bring other versions of packages that are pinned here (about 600 MB).
+.peers/installed: requirements/benchmark.lock
+	@echo "benchmark: installing $<"
+	@rm -rf .peers
+	@$(BIN)/python $(PIP_INSTALL) --no-deps --target .peers -r $<
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-mcore19 build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-mcore19 .peers build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
