@@ -37,6 +37,7 @@ def shard_sums(
     sums = logits.new_zeros(logits.shape[0], shard.blocks, 6 if second_moments else 4, dtype=dtype)
     sums[..., 0] = lowest
     sums[..., 3] = -math.inf
+    scratch, size = _scratch(logits, shard, chunk_tokens)
     for block, columns in enumerate(shard.block_columns()):
         real = logits[:, columns]
         if real.numel() == 0:
@@ -44,8 +45,10 @@ def shard_sums(
         column, is_here = _label_columns(labels, shard.start + columns.start, real.shape[1])
         label_logits = real.gather(1, column).squeeze(1).to(dtype)
         sums[:, block, 3] = label_logits.masked_fill_(~is_here, -math.inf)
-        for rows, v, e in _chunks(real, chunk_tokens):
-            maxima = v.copy_(real[rows]).amax(-1).clamp_(min=lowest)  # a bf16 amax is slower than copy and amax
+        for rows, v, e in _chunks(real.shape, scratch, size):
+            maxima = (
+                v.copy_(real[rows]).amax(-1).clamp_(min=lowest)
+            )  # a bf16 amax is slower than copy and amax
             _centre(v, maxima, temperature)
             torch.exp2(v, out=e)
             sums[rows, block, 0] = maxima
@@ -77,13 +80,14 @@ def write_gradient(
     maxima, log_s0, centre = row
     pull, label_pull, spread = grads
     log2_s0, centre = log_s0 / LN2, centre / LN2
+    scratch, size = _scratch(logits, shard, chunk_tokens)
     for columns in shard.block_columns():
         real, real_out = logits[:, columns], out[:, columns]
         if real.numel() == 0:
             continue
         column, is_here = _label_columns(labels, shard.start + columns.start, real.shape[1])
         here_pull = label_pull.masked_fill(~is_here, 0.0)
-        for rows, grad, weight in _chunks(real, chunk_tokens):
+        for rows, grad, weight in _chunks(real.shape, scratch, size):
             v = _centre(grad.copy_(real[rows]), maxima[rows], temperature)
             if spread is not None:
                 torch.sub(v, centre[rows, None], out=weight)
@@ -97,15 +101,22 @@ def write_gradient(
             real_out[rows] = grad
 
 
-def _chunks(logits: Tensor, chunk_tokens: int | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Row ranges of at most chunk_tokens, each with two scratch buffers of its shape in the compute dtype."""
-    total, width = logits.shape
+def _scratch(logits: Tensor, shard: Shard, chunk_tokens: int | None) -> tuple[Tensor, int]:
+    """[2, rows * block_width] in the compute dtype, for all blocks in turn: fresh memory costs page faults; and rows."""
     dtype = compute_dtype(logits)
-    size = chunk_tokens or max(1, SCRATCH_BYTES[logits.device.type] // (2 * width * dtype.itemsize))
-    scratch = logits.new_empty(2, min(size, total), width, dtype=dtype)
+    fitting = SCRATCH_BYTES[logits.device.type] // (2 * shard.block_width * dtype.itemsize)
+    rows = min(chunk_tokens or max(1, fitting), logits.shape[0])
+    return logits.new_empty(2, rows * shard.block_width, dtype=dtype), rows
+
+
+def _chunks(shape: torch.Size, scratch: Tensor, size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Ranges of at most `size` rows of a [T, width] block, each with two contiguous scratch buffers of its shape."""
+    total, width = shape
     for first in range(0, total, size):
         rows = slice(first, min(first + size, total))
-        yield rows, scratch[0, : rows.stop - first], scratch[1, : rows.stop - first]
+        count = rows.stop - first
+        one, two = scratch[:, : count * width].unflatten(1, (count, width))
+        yield rows, one, two
 
 
 def _centre(logits: Tensor, maxima: Tensor, temperature: float) -> Tensor:
