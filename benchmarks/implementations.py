@@ -60,7 +60,7 @@ def _ours(*, reuse_logits: bool, second_moments: bool = False) -> Forward:
     return forward
 
 
-def _one_block(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+def _one_block(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor | None]:
     with mock.patch("megatron_fec.vocab_parallel.shard.BLOCKS", 1):
         return _ours(reuse_logits=True)(logits, labels, group)
 
