@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from megatron_fec.metrics import MetricSums
 
+IGNORED = -100  # a label with nothing to predict, as in torch's cross entropy
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from vocab_reference import vocab_reference
 
-from megatron_fec.vocab_parallel import torch_kernel
+from megatron_fec.vocab_parallel import chunked_head, torch_kernel, triton_kernel
 from megatron_fec.vocab_parallel.chunked_head import chunked_head_token_stats
 from megatron_fec.vocab_parallel.token_stats import token_stats
 
@@ -100,6 +100,13 @@ def test_whole_logits_give_the_same_to_rounding(dtype: torch.dtype, tolerance: f
         assert (gradient - expected).abs().max() <= tolerance * expected.abs().max()
 
 
+def test_triton_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run_sharded(2, torch.float32, chunk_tokens=3)
+    monkeypatch.setattr(chunked_head, "kernel_for", lambda hidden: triton_kernel)
+    for name, value in run_sharded(2, torch.float32, chunk_tokens=3).items():
+        torch.testing.assert_close(value, expected[name], rtol=2e-6, atol=5e-6)
+
+
 class LargestTensor(TorchDispatchMode):
     """Elements of the largest tensor that any operation returned."""
 
@@ -113,17 +120,17 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("chunk_tokens", "columns"), [(8, 50), (32, 200), (64, 400)])
+@pytest.mark.parametrize(("chunk_tokens", "columns"), [(1, 16), (8, 64), (32, 256), (64, 512)])
 def test_only_one_chunk_of_logits_exists(
     chunk_tokens: int, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(torch_kernel.SCRATCH_BYTES, "cpu", 512)
-    hidden, weight = torch.randn(64, 3, requires_grad=True), torch.randn(400, 3, requires_grad=True)
+    hidden, weight = torch.randn(64, 2, requires_grad=True), torch.randn(512, 2, requires_grad=True)
     labels = torch.zeros(64, dtype=torch.int64)
     with LargestTensor() as largest:
         stats = chunked_head_token_stats(hidden, weight, labels, chunk_tokens=chunk_tokens)
         (stats.logprobs + stats.entropy).sum().backward()
-    assert largest.numel == 64 * columns  # the weight has 400 * 3, the sums at most 64 * 8 * 4
+    assert largest.numel == 64 * columns  # the weight has 512 * 2
 
 
 def test_backward_may_run_twice() -> None:
@@ -156,7 +163,7 @@ def test_no_tokens() -> None:
         ({"labels": torch.zeros(11, dtype=torch.int64)}, r"labels\.shape=\(11,\) must be \(12,\)"),
         ({"labels": torch.full((12,), 37)}, r"labels\[0\]=37 on rank 0 of 1 must be in \[0, vocab_size=37\)"),
         ({"chunk_tokens": 0}, r"chunk_tokens=0 must be at least 1"),
-        ({"temperature": -1.0}, r"temperature=-1\.0 must be positive"),
+        ({"temperature": -1.0}, r"temperature=-1\.0 must be finite"),
     ],
 )
 def test_errors(changed: dict[str, Any], message: str) -> None:
@@ -165,3 +172,37 @@ def test_errors(changed: dict[str, Any], message: str) -> None:
     settings: dict[str, Any] = {"vocab_size": VOCAB, "chunk_tokens": 4}
     with pytest.raises(ValueError, match=message):
         chunked_head_token_stats(**(inputs | settings | changed))
+
+
+def errors_of_a_rank(rank: int) -> list[str]:
+    messages = []
+    for rows, label in ((20 - rank, 0), (20, 40 * rank)):
+        with pytest.raises(ValueError) as caught:
+            chunked_head_token_stats(
+                torch.ones(8, 3),
+                torch.ones(rows, 3),
+                torch.full((8,), label),
+                group=dist.group.WORLD,
+                chunk_tokens=2,
+            )
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_every_rank_raises_the_same_error() -> None:
+    first, second = run_on_ranks(2, errors_of_a_rank, deadline=20.0)
+    assert first == second
+    assert "logits.shape[1]=[20, 19] by rank must be one width" in first[0]
+    assert "labels[0]=40 on rank 1 of 2 must be in [0, vocab_size=40)" in first[1]
+
+
+def test_a_frozen_weight_or_input_gets_no_gradient() -> None:
+    hidden, weight, labels = make_inputs(torch.float32)
+    both = run_head(0, 1, torch.float32, {"chunk_tokens": 5})
+    for chosen, name in ((hidden, "hidden"), (weight, "weight")):
+        chosen.requires_grad_()
+        stats = chunked_head_token_stats(hidden, weight, labels, vocab_size=VOCAB, chunk_tokens=5)
+        gl, gh = upstream()
+        (gradient,) = torch.autograd.grad((stats.logprobs * gl + stats.entropy * gh).sum(), chosen)
+        assert torch.equal(gradient, both[name])
+        chosen.requires_grad_(False)

@@ -116,6 +116,7 @@ CASES = [(kind, chosen) for kind in ("qwen3", "tied", "qwen2") for chosen in LAY
     ("qwen3_kv4", layout(tensor_parallel=4)),
     ("qwen3_kv4", layout(tensor_parallel=4, **SP, **DISTRIBUTED, micro_batch_tokens=16)),
     ("qwen3_kv4", layout(context_parallel=4, micro_batch_tokens=32)),
+    ("tied", layout(**TP2, **PP2, micro_batch_tokens=32, logits_chunk_tokens=8)),
     ("tied", layout(**CP2, **TP2, **SP, **PP2, **DISTRIBUTED, micro_batch_tokens=32)),
     *(
         ("qwen3", layout(aggregation=how, **chosen))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from ranks import run_on_ranks
 from torch import Tensor
 from vocab_reference import VocabReference, vocab_reference
 
+from megatron_fec.vocab_parallel import token_stats as token_stats_module
+from megatron_fec.vocab_parallel import torch_kernel, triton_kernel
 from megatron_fec.vocab_parallel.token_stats import token_stats
 
 TOKENS, VOCAB, PADDED = 11, 37, 40
@@ -191,12 +194,27 @@ def test_nan_logits_are_not_hidden() -> None:
 
 @pytest.mark.parametrize("dtype", GRADIENT_TOLERANCE, ids=str)
 def test_tensor_parallel_size_does_not_change_a_bit(dtype: torch.dtype) -> None:
-    logits, labels = make_inputs(dtype)
-    options = {"vocab_size": VOCAB, "second_moments": True, "temperature": 0.9}
+    generator = torch.Generator().manual_seed(7)
+    logits = (torch.randn(TOKENS, 256, generator=generator) * 4).to(dtype)
+    labels = torch.randint(250, (TOKENS,), generator=generator)
+    options = {"vocab_size": 250, "second_moments": True, "temperature": 0.9}
     whole = run_sharded(1, logits, labels, **options)
     for world_size in (2, 4, 8):
         for name, value in run_sharded(world_size, logits, labels, **options).items():
             assert torch.equal(value, whole[name]), (world_size, name)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 3, None])
+def test_rows_without_gradient_are_zero_whatever_they_hold(chunk_tokens: int | None) -> None:
+    logits, labels = make_inputs()
+    logits[4] = math.nan  # ignored
+    logits[7, 3] = math.nan
+    logits.requires_grad_()
+    stats = token_stats(logits, labels, vocab_size=VOCAB, chunk_tokens=chunk_tokens)
+    used = torch.ones(TOKENS)
+    used[7] = 0.0
+    (gradient,) = torch.autograd.grad([stats.logprobs, stats.entropy], logits, [used, used])
+    assert not gradient[[4, 7]].any() and gradient.isfinite().all() and gradient[3].any()
 
 
 @pytest.mark.parametrize("dtype", GRADIENT_TOLERANCE, ids=str)
@@ -275,6 +293,27 @@ def test_logits_changed_before_the_backward_are_refused() -> None:
     logits.mul_(2.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("kernel", [torch_kernel, triton_kernel])
+def test_reused_logits_are_refused_to_others(kernel: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_stats_module, "kernel_for", lambda logits: kernel)
+    source, labels = make_inputs()
+    source.requires_grad_()
+    logits = torch.tanh(source)  # whose backward needs its own output
+    loss = token_stats(logits, labels, vocab_size=VOCAB, reuse_logits=True).logprobs.sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_triton_and_torch_agree_inside_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, labels = make_inputs()
+    results = []
+    for kernel in (torch_kernel, triton_kernel):
+        monkeypatch.setattr(token_stats_module, "kernel_for", lambda logits, kernel=kernel: kernel)
+        results.append(run_sharded(2, logits, labels, vocab_size=VOCAB, second_moments=True, temperature=0.7))
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=2e-6, atol=2e-6)
 
 
 def test_only_the_logits_are_saved_at_full_size() -> None:

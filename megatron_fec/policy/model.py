@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import Any
 
@@ -43,8 +42,6 @@ try:
     HAS_TRANSFORMER_ENGINE = True
 except ImportError:
     HAS_TRANSFORMER_ENGINE = False
-
-logger = logging.getLogger(__name__)
 
 BRIDGES: dict[str, type[LLMBridge]] = {"qwen2": Qwen2Bridge, "qwen3": Qwen3Bridge, "llama": LLaMABridge}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -88,6 +85,7 @@ class PolicyModel(GPTModel):
         labels = kwargs["labels"]
         if self.logits_chunk_tokens is None or labels is None or not self.post_process:
             return super()._postprocess(hidden_states, *args, **kwargs)
+        # The module itself is not called: with DDP's overlap_param_gather its hook would have to be.
         shares_weight = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if shares_weight else self.output_layer.weight
         assert weight is not None

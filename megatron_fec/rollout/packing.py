@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_fec.context_split import context_indices, sequence_multiple
-from megatron_fec.types import MicroBatch, SampleGroup
-
-IGNORED = -100  # label of a position without one
+from megatron_fec.types import IGNORED, MicroBatch, SampleGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_fec.types import TokenStats
-from megatron_fec.vocab_parallel.merge import merge_sums
+from megatron_fec.vocab_parallel.merge import add_blocks, merge_sums
 from megatron_fec.vocab_parallel.shard import Shard, VocabLayout, require, vocab_layout
 from megatron_fec.vocab_parallel.token_stats import (
     LOGIT_DTYPES,
@@ -79,11 +79,12 @@ class _ChunkedHead(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         kernel = kernel_for(hidden)
         options = {"temperature": temperature, "second_moments": second_moments}
-        sums = [
-            kernel.shard_sums(logits, labels, shard=shard, **options)
-            for shard, _, logits in _chunks(hidden, weight, layout.shard)
-        ]
-        row = merge_sums(torch.cat(sums, 1), labels, layout=layout, temperature=temperature)
+        sums = None  # of the columns so far: all blocks' own would be more than a chunk of logits
+        for shard, _, logits in _chunks(hidden, weight, layout.shard):
+            new = kernel.shard_sums(logits, labels, shard=shard, **options)[:, 0]
+            sums = new if sums is None else add_blocks(torch.stack([sums, new]), temperature)
+        assert sums is not None
+        row = merge_sums(sums[:, None], labels, layout=layout, temperature=temperature)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*row.second)
         ctx.save_for_backward(hidden, weight, labels, row.maxima, row.log_s0, row.centre, row.logprobs)
@@ -98,7 +99,8 @@ class _ChunkedHead(torch.autograd.Function):
         kernel = kernel_for(hidden)
         row_grads = row_gradients(grads[0], grads[1], labels, logprobs, temperature)
         grad_hidden = torch.zeros_like(hidden, dtype=maxima.dtype)
-        grad_weight = torch.empty_like(weight)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_weight = torch.empty_like(weight) if needs_weight else None
         for shard, columns, logits in _chunks(hidden, weight, whole):
             kernel.write_gradient(
                 logits,
@@ -109,8 +111,10 @@ class _ChunkedHead(torch.autograd.Function):
                 shard=shard,
                 temperature=temperature,
             )
-            grad_hidden += logits @ weight[columns]
-            torch.mm(logits.t(), hidden, out=grad_weight[columns])
+            if needs_hidden:
+                grad_hidden += logits @ weight[columns]
+            if grad_weight is not None:
+                torch.mm(logits.t(), hidden, out=grad_weight[columns])
         return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None
 
 

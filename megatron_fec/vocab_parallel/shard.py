@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-IGNORED = -100  # a label with nothing to predict, as in torch's cross entropy
-FLOOR = (
-    -1100.0
-)  # of u: e^u and 2^u are exactly 0 there, also in fp64, and u e^u is not NaN for a column at -inf
-BLOCKS = (
-    8  # of a vocabulary: tensor-parallel sizes that divide it add the same blocks, so they agree in every bit
-)
+LN2 = math.log(2.0)
+# Of u: e^u and 2^u are exactly 0 there, also in fp64, and u e^u is not NaN for a column at -inf.
+FLOOR = -1100.0
+# Of a vocabulary: tensor-parallel sizes that divide it add the same blocks, so they agree in every bit.
+BLOCKS = 8
+# Columns: a block's width is a multiple of it, which keeps a kernel's loads and a product's rows aligned.
+ALIGNMENT = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """Columns [start, start + width) of the vocabulary, worked on in blocks of equal width (but for the last)."""
+    """Columns [start, start + width) of the vocabulary, worked on in blocks of equal width (but for the last ones)."""
 
     start: int  # global id of the first column
     width: int  # columns, padding included; the same on every rank
@@ -28,7 +29,7 @@ class Shard:
 
     @property
     def block_width(self) -> int:
-        return -(-self.width // self.blocks)
+        return -(-self.width // (self.blocks * ALIGNMENT)) * ALIGNMENT
 
     def block_columns(self) -> list[slice]:
         """The real columns of each block; a block of padding is empty."""

@@ -5,8 +5,9 @@ its maximum m of z and u = (z - m) / temperature:
 
     s0 = sum e^u    s1 = sum u e^u    t = z of the label, if it is here    [s2 = sum e^2u    s3 = sum u e^2u]
 
-These floats are gathered, moved to the common maximum and added in the order of the vocabulary, so that the result is
-the same bits for all tensor-parallel sizes that divide BLOCKS. With ln s0 and c = s1 / s0 of the whole row:
+These floats are gathered, moved to the common maximum and added in the order of the vocabulary. So the same logits give
+the same bits at all tensor-parallel sizes that divide BLOCKS, if their padded width is the same and a multiple of
+BLOCKS * ALIGNMENT. With ln s0 and c = s1 / s0 of the whole row:
 
     ln p_j = u_j - ln s0    H = ln s0 - c   Q = sum p^2 = s2 / s0^2   B = sum p^2 (ln p + H) = s3 / s0^2 - c Q
     d ln p_a / dz_j = (1[j=a] - p_j) / temperature    dH / dz_j = -p_j (u_j - c) / temperature
@@ -24,10 +25,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_fec.types import TokenStats
+from megatron_fec.types import IGNORED, TokenStats
 from megatron_fec.vocab_parallel import torch_kernel
 from megatron_fec.vocab_parallel.merge import merge_sums
-from megatron_fec.vocab_parallel.shard import IGNORED, VocabLayout, require, vocab_layout
+from megatron_fec.vocab_parallel.shard import VocabLayout, require, vocab_layout
 
 LOGIT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -54,7 +55,8 @@ def token_stats(
     chunk_tokens: rows worked on at a time outside Triton, default as many as fit the cache. Results do not
         depend on it, but for the last bit of a chunk of one row: torch splits its sums over CPU threads.
     second_moments: also return sum_p2, baseline and alignment, which carry no gradient.
-    reuse_logits: backward writes the gradient over the logits; it runs once, and nothing else may need them.
+    reuse_logits: backward writes the gradient over the logits; it runs once, and nothing else may need them: an
+        operation that does raises in its own backward. The .grad of a leaf is then the leaf's memory.
 
     Returns [T] fp32 (fp64 for fp64 logits), the dtype of all arithmetic; logprobs and entropy can be
     differentiated once. Forward: one all-gather of 4 floats a token and block (6 with second_moments), also
@@ -116,6 +118,10 @@ class _TokenStats(torch.autograd.Function):
             shard=shard,
             **options,
         )
+        if (
+            reuse_logits
+        ):  # a Triton kernel's writes are not seen by autograd, which must refuse these logits from now on
+            torch.autograd.graph.increment_version(out)
         return out, None, None, None, None, None
 
 
@@ -168,7 +174,7 @@ def check_settings(labels: Tensor, tokens: int, temperature: float, chunk_tokens
     require(labels.shape == (tokens,), f"labels.shape={tuple(labels.shape)} {rule}")
     rule = "must be torch.int64. Use labels.long()."
     require(labels.dtype == torch.int64, f"labels.dtype={labels.dtype} {rule}")
-    rule = "must be positive and finite. Use 1.0 for no scaling."
-    require(0.0 < temperature < math.inf, f"temperature={temperature} {rule}")
+    rule = "must be finite and at least 1e-6. Use 1.0 for no scaling."
+    require(1e-6 <= temperature < math.inf, f"temperature={temperature} {rule}")
     rule = "must be at least 1. Use None for the default."
     require(chunk_tokens is None or chunk_tokens >= 1, f"chunk_tokens={chunk_tokens} {rule}")

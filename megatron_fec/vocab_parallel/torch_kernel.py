@@ -12,10 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megatron_fec.vocab_parallel.shard import FLOOR, Shard, compute_dtype
+from megatron_fec.vocab_parallel.shard import FLOOR, LN2, Shard, compute_dtype
 
 SCRATCH_BYTES = {"cpu": 2 << 20, "cuda": 512 << 20}  # of a chunk: fits a core's own cache; few launches
-LN2 = math.log(2.0)
 
 
 def shard_sums(
@@ -74,12 +73,15 @@ def write_gradient(
     """Write gl (1[j=a] - p_j) - gh p_j (u_j - c) to out, which may be the logits; padding columns become 0.
 
     row: m, ln s0, c of the whole row. grads, divided by the temperature: gl, gl at the label, gh (None is 0). All are
-    [T] in the compute dtype; u = (z - m) / temperature.
+    [T] in the compute dtype; u = (z - m) / temperature. A row whose grads are all 0 becomes 0, whatever it holds.
     """
     out[:, shard.valid :] = 0
     maxima, log_s0, centre = row
     pull, label_pull, spread = grads
     log2_s0, centre = log_s0 / LN2, centre / LN2
+    is_idle = (pull == 0) & (label_pull == 0)
+    is_idle = is_idle if spread is None else is_idle & (spread == 0)
+    idle = is_idle.tolist()
     scratch, size = _scratch(logits, shard, chunk_tokens)
     for columns in shard.block_columns():
         real, real_out = logits[:, columns], out[:, columns]
@@ -88,6 +90,9 @@ def write_gradient(
         column, is_here = _label_columns(labels, shard.start + columns.start, real.shape[1])
         here_pull = label_pull.masked_fill(~is_here, 0.0)
         for rows, grad, weight in _chunks(real.shape, scratch, size):
+            if all(idle[rows]):
+                real_out[rows] = 0
+                continue
             v = _centre(grad.copy_(real[rows]), maxima[rows], temperature)
             if spread is not None:
                 torch.sub(v, centre[rows, None], out=weight)
@@ -98,6 +103,8 @@ def write_gradient(
                 weight.mul_(-LN2 * spread[rows, None]).sub_(pull[rows, None])
                 grad.mul_(weight)
             grad.scatter_add_(1, column[rows], here_pull[rows, None])
+            if any(idle[rows]):
+                grad.masked_fill_(is_idle[rows, None], 0.0)  # 0 * NaN is not 0
             real_out[rows] = grad
 
 

@@ -6,7 +6,6 @@ has the same two functions, the arithmetic is in base 2, v = (z - m) log2(e) / t
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -15,9 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
-from megatron_fec.vocab_parallel.shard import FLOOR, Shard
+from megatron_fec.vocab_parallel.shard import FLOOR, LN2, Shard
 
-LN2 = math.log(2.0)
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 LEAST_EXPONENT = tl.constexpr(FLOOR)
 # Columns at a time: 32 for each thread; on the CPU, in Triton's interpreter, few enough for tests of several tiles.
