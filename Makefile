@@ -75,7 +75,7 @@ test-mcore19:
 	@.venv-mcore19/bin/python $(PIP_INSTALL) --no-deps -r $<
 	@touch $@
 
-# ARGS=--quick takes two minutes instead of ten.
+# ARGS=--quick takes two minutes instead of five.
 benchmark: setup .peers/installed
 	$(BIN)/python benchmarks/token_stats.py $(ARGS)
 
