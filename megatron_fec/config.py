@@ -354,11 +354,13 @@ def _check_batch(config: Config) -> None:
     context = config.policy.context_parallel
     multiple = 2 * context if context > 1 else 1  # of a sequence's length, context_split.py:sequence_multiple
     needed = -(-longest // multiple) * multiple
+    padding = (
+        f", padded to a multiple of {multiple} for policy.context_parallel={context}" if context > 1 else ""
+    )
     if config.policy.micro_batch_tokens < needed:
         raise ConfigError(
             f"policy.micro_batch_tokens={config.policy.micro_batch_tokens} must hold the longest sequence, "
-            f"{longest} = rollout.max_prompt_tokens + rollout.max_response_tokens, padded to a multiple of {multiple} "
-            f"with policy.context_parallel={context}. Use at least {needed}."
+            f"{longest} = rollout.max_prompt_tokens + rollout.max_response_tokens{padding}. Use at least {needed}."
         )
     if config.policy.sequence_parallel and config.policy.tensor_parallel == 1:
         raise ConfigError("policy.sequence_parallel=true needs policy.tensor_parallel > 1. Set it to false.")

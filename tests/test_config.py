@@ -137,7 +137,7 @@ def test_choices(minimal: Path, key: str):
         (["policy.sequence_parallel=true"], r"sequence_parallel=true needs policy\.tensor_parallel > 1"),
         (
             ["policy.context_parallel=3", "policy.micro_batch_tokens=35"],
-            r"=35 must hold the longest sequence, 32 .* a multiple of 6 with policy\.context_parallel=3\. Use at least 36",
+            r"=35 must hold the longest sequence, 32 .* a multiple of 6 for policy\.context_parallel=3\. Use at least 36",
         ),
         (["algorithm.prompts_per_update=12"], r"schedule\.name=id with one update per rollout does nothing"),
         (["trainer.max_steps=7"], r"schedule\.total_steps=6 must be at least trainer\.max_steps=7"),
