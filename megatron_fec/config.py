@@ -15,6 +15,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
+from megatron_fec.context_split import sequence_multiple
+
 
 @dataclass(kw_only=True)
 class ModelConfig:
@@ -32,9 +34,7 @@ class PolicyConfig:
     precision: str = "bf16"  # bf16 | fp32
     distributed_optimizer: bool = True
     micro_batch_tokens: int = 16384  # of one forward, on all context ranks; a longer sequence is an error
-    logits_chunk_tokens: int | None = (
-        None  # at most this many tokens' worth of logits at a time; null is no limit
-    )
+    logits_chunk_tokens: int | None = None  # tokens whose logits may be in memory at one time; null is all
     recompute: str = "none"  # none | selective | full
 
 
@@ -352,7 +352,7 @@ def _check_batch(config: Config) -> None:
         )
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     context = config.policy.context_parallel
-    multiple = 2 * context if context > 1 else 1  # of a sequence's length, context_split.py:sequence_multiple
+    multiple = sequence_multiple(context)
     needed = -(-longest // multiple) * multiple
     padding = (
         f", padded to a multiple of {multiple} for policy.context_parallel={context}" if context > 1 else ""

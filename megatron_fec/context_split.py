@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def sequence_multiple(context_parallel: int) -> int:
@@ -20,6 +21,8 @@ def context_indices(cu_seqlens: Tensor, *, rank: int, size: int) -> Tensor:
     which rank r holds r and 2 * size - 1 - r: under the causal mask all ranks then have the same work. It is the split
     that Transformer Engine's attention assumes (tex.thd_get_partitioned_indices) and megatron-core's rotary embedding.
     """
+    import torch  # here, because config.py needs the rule above and loads no torch
+
     if size == 1:
         return torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
     chunks = []

@@ -168,9 +168,8 @@ def local_model(config: Config, run_dir: Path) -> Path:
 
 def _tokenizer(config: Config, model_dir: Path, hf_config: Any) -> Any:
     where = f"model.path={config.model.path}"
-    if not any(
-        (model_dir / name).is_file() for name in TOKENIZER_FILES
-    ):  # transformers would make an empty one
+    # Without any of them transformers would make an empty one.
+    if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):
         raise ConfigError(
             f"{where} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there. Copy the model's own."
         )

@@ -71,9 +71,8 @@ class MicroBatch:
     response_lengths: Tensor  # [T] int64, tokens of the whole response, 0 outside it
     advantages: Tensor  # [T] fp32, 0 outside the response
     rollout_logprobs: Tensor  # [T] fp32, the engine's, 0 outside the response
-    old_logprobs: Tensor | None = (
-        None  # [T] fp32, by the trainer before the first update; last pipeline stage only
-    )
+    # [T] fp32, by the trainer before the first update; last pipeline stage only
+    old_logprobs: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,12 +82,10 @@ class TokenStats:
     logprobs: Tensor  # [T] log p(labels[t]), 0 where labels[t] is -100; differentiable
     entropy: Tensor  # [T] nats over the true vocabulary; differentiable
     sum_p2: Tensor | None = None  # [T] sum of p^2
-    baseline: Tensor | None = (
-        None  # [T] B = sum of p^2 (ln p + H): section 3 of the paper, with the term it drops
-    )
-    alignment: Tensor | None = (
-        None  # [T] <grad log p(labels[t]), grad H> over z / temperature; 0 where ignored
-    )
+    # [T] B = sum of p^2 (ln p + H): section 3 of the paper, with the term it drops
+    baseline: Tensor | None = None
+    # [T] <grad log p(labels[t]), grad H> over z / temperature; 0 where ignored
+    alignment: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -118,9 +118,8 @@ class _TokenStats(torch.autograd.Function):
             shard=shard,
             **options,
         )
-        if (
-            reuse_logits
-        ):  # a Triton kernel's writes are not seen by autograd, which must refuse these logits from now on
+        if reuse_logits:
+            # Autograd does not see what a Triton kernel writes, and must refuse these logits to others from now on.
             torch.autograd.graph.increment_version(out)
         return out, None, None, None, None, None
 
