@@ -23,6 +23,8 @@ class RunCPUWorker(CPUWorker):
             self.distributed_init_method = (
                 f"file://{name[0]}"  # only its name is read: the ranks have met already
             )
-        super().init_device()  # ends after a barrier of the ranks that share memory
+        super().init_device()
+        if dist.is_initialized():
+            dist.barrier()  # every engine's ranks have opened theirs
         for path in Path("/dev/shm").glob(f"{name[0]}-*"):
             path.unlink(missing_ok=True)  # the mappings stay; the memory goes with the processes
