@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -16,12 +17,17 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_fec.config import ConfigError, load_config
+from megatron_fec.evaluation_config import load_evaluation
 from megatron_fec.launcher import be_one_rank
+from megatron_fec.replay import run_replay
+from megatron_fec.replay_output import write_replay
 from megatron_fec.report import write_report
 from megatron_fec.rollout.engine import vllm_is_available
+from megatron_fec.study.command import run_study
 
 PROJECT = Path(__file__).resolve().parents[1]
 QUICKSTART_CONFIG = PROJECT / "configs" / "tiny_cpu.yaml"
+EVALUATION_CONFIG = PROJECT / "configs" / "evaluation.yaml"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -68,6 +74,21 @@ def train(
 
 
 @app.command()
+def evaluate(
+    overrides: Annotated[list[str] | None, typer.Argument(help="settings such as model.path=RUN/hf")] = None,
+    config: Annotated[Path, typer.Option(help="a YAML file")] = EVALUATION_CONFIG,
+    processes: Annotated[int | None, typer.Option(help="on this machine; default: as few as do")] = None,
+) -> None:
+    """mean@k and pass@k of a Hugging Face checkpoint; goes on where an earlier start was killed."""
+
+    def work() -> None:
+        fewest = load_evaluation(config, overrides or []).processes
+        _start_ranks("evaluate.py", config, overrides or [], processes or fewest)
+
+    _said_in_one_line(work)
+
+
+@app.command()
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="RUN/checkpoints/step_NNNNNN")],
     output: Annotated[Path, typer.Argument(help="folder of the Hugging Face checkpoint")],
@@ -101,26 +122,83 @@ def report(
     _said_in_one_line(work)
 
 
+@app.command()
+def replay(
+    dump: Annotated[Path, typer.Argument(help="RUN/dumps, or one step_NNNNNN of it (trainer.dump_every)")],
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME[+ADDITION][@SCHEDULE][,option=value...]; give it once for each strategy"),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="folder of replay.json and replay.png")] = Path("replay"),
+    skip_corrupt: Annotated[
+        bool, typer.Option(help="leave corrupt rows and files out, and count them")
+    ] = False,
+) -> None:
+    """Evaluates strategies on the dumped tokens of a run: what each clips, and what it does to entropy."""
+
+    def work() -> None:
+        result = run_replay(dump, strategy or [], skip_corrupt=skip_corrupt)
+        try:
+            write_replay(result, output)
+        except OSError as error:
+            raise ConfigError(str(error)) from error
+
+    _said_in_one_line(work)
+
+
+@app.command()
+def study(
+    quick: Annotated[bool, typer.Option("--quick", help="fewer steps, seeds and runs: minutes")] = False,
+    seeds: Annotated[int | None, typer.Option(help="runs of each kind; default 3, with --quick 2")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="an experiment; give it once for each")] = None,
+    jobs: Annotated[int, typer.Option(help="runs at a time, one core each")] = 2,
+    runs: Annotated[Path, typer.Option(help="where finished runs are kept")] = Path("runs/study"),
+    output: Annotated[
+        Path, typer.Option(help="folder of study.html, plots, README.md, verdicts.json")
+    ] = Path("runs/study"),
+) -> None:
+    """The paper's experiments at CPU scale, each with a verdict; goes on where an earlier start was stopped."""
+
+    def work() -> None:
+        if not run_study(
+            is_quick=quick,
+            seeds=seeds,
+            only=only or [],
+            jobs=jobs,
+            runs=runs,
+            output=output,
+            say=partial(print, flush=True),
+        ):
+            raise typer.Exit(1)
+
+    _said_in_one_line(work)
+
+
 def _launch(config_path: Path, overrides: list[str], processes: int | None = None) -> None:
     """Runs launch/train.py on the ranks of this machine; ends with their exit code."""
 
     def work() -> None:
         policy = load_config(config_path, overrides).policy
         count = processes or policy.tensor_parallel * policy.pipeline_parallel * policy.context_parallel
-        logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the failing rank has said why
-        launch = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=count,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            max_restarts=0,
-            run_id=str(os.getpid()),
-        )
-        script = str(PROJECT / "launch" / "train.py")
-        elastic_launch(launch, sys.executable)(script, "--config", str(config_path), *overrides)
+        _start_ranks("train.py", config_path, overrides, count)
 
     _said_in_one_line(work)
+
+
+def _start_ranks(script: str, config_path: Path, overrides: list[str], count: int) -> None:
+    """Runs launch/SCRIPT on `count` ranks of this machine."""
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the failing rank has said why
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        run_id=str(os.getpid()),
+    )
+    path = str(PROJECT / "launch" / script)
+    elastic_launch(launch, sys.executable)(path, "--config", str(config_path), *overrides)
 
 
 def _said_in_one_line(work: Callable[[], object]) -> None:

@@ -16,6 +16,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from yaml import YAMLError
 
 from megatron_fec.context_split import sequence_multiple
+from megatron_fec.errors import ConfigError as ConfigError
 
 
 @dataclass(kw_only=True)
@@ -65,20 +66,21 @@ class ScheduleConfig:
     lower_schedule: str | None = (
         None  # id, did (required there): text | printed, the two readings of phase II
     )
-    h_init: float | None = None  # od: entropy at the start; null measures it at step 0
-    h_min_ratio: float = 0.2  # od: H_min = h_min_ratio * H_init
-    h_min: float | None = None  # od: replaces h_min_ratio * H_init
-    entropy_ema: float = 0.0  # od: H <- ema * H + (1 - ema) * measured; 0 is off
+    options: dict[str, Any] = field(default_factory=dict)  # od, target: docs/strategies.md
 
 
 @dataclass(kw_only=True)
 class AlgorithmConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     thresholds: ThresholdsConfig = field(default_factory=ThresholdsConfig)
-    policy_loss: str = "clip"  # key of algorithm.losses.POLICY_LOSSES
+    policy_loss: str = (
+        "clip"  # key of algorithm.losses.POLICY_LOSSES, "+" keys of ADDITIONS: clip+entropy_bonus
+    )
+    advantage: str = (
+        "grpo"  # key of algorithm.advantages.ADVANTAGES, "+" keys of REWARD_SHAPING: grpo+overlong
+    )
+    options: dict[str, Any] = field(default_factory=dict)  # of these two: docs/strategies.md
     aggregation: str = "token_mean"  # key of algorithm.losses.AGGREGATIONS
-    dual_clip: float | None = 3.0  # null is off; verl's 3.0 is always on there
-    log_ratio_clamp: float = 20.0
     prompts_per_update: int = MISSING  # size of one optimizer step's mini-batch, in prompts
     epochs: int = 1  # passes over one rollout
 
@@ -89,6 +91,9 @@ class RolloutConfig:
     tensor_parallel: int = 1
     prompts_per_step: int = MISSING
     group_size: int = 8
+    max_refills: int = (
+        0  # batches drawn in place of prompts whose rewards are all equal (dynamic sampling); 0 is off
+    )
     max_prompt_tokens: int = 1024  # longer prompts are filtered and counted
     max_response_tokens: int = 7168
     temperature: float = 1.0  # of sampling, and of every log-prob and entropy of the trainer
@@ -112,7 +117,6 @@ class WarmStartConfig:
     """Supervised steps before reinforcement, for a policy that cannot answer yet."""
 
     steps: int = 0
-    lr: float = 2e-3
 
 
 @dataclass(kw_only=True)
@@ -125,6 +129,9 @@ class TrainerConfig:
     keep_checkpoints: int = 2
     eval_every: int = 0  # steps; 0 is off
     eval_samples: int = 8  # responses per validation prompt
+    dump_every: int = (
+        0  # steps; the training tokens of such a step go to dumps/ for megatron-fec replay; 0 is off
+    )
     wandb: str = "off"  # off | offline | online
 
 
@@ -152,19 +159,11 @@ class Config:
         _check_schedule(self)
 
 
-class ConfigError(ValueError):
-    """A setting that its user can mend."""
-
-
-# The names a user may choose live here, so that a typo is found before torch is imported; a test compares them with
-# the dicts that implement them.
+# Strategies are not here: algorithm/strategies.py finds them in their dicts.
 CHOICES = {
     "policy.precision": ("bf16", "fp32"),
     "policy.recompute": ("none", "selective", "full"),
     "optimizer.lr_schedule": ("constant", "cosine"),
-    "algorithm.schedule.name": ("grpo", "static", "dynamic_upper", "dynamic_lower", "id", "did", "od"),
-    "algorithm.policy_loss": ("clip",),
-    "algorithm.aggregation": ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum"),
     "rollout.engine": ("vllm", "native"),
     "data.prompt_style": ("boxed", "chat", "plain"),
     "trainer.resume": ("auto", "never"),
@@ -191,11 +190,9 @@ AT_LEAST_ONE = (
 POSITIVE = (
     "optimizer.lr",
     "optimizer.clip_grad",
-    "algorithm.log_ratio_clamp",
     "rollout.temperature",
     "rollout.mismatch_limit",
     "data.verifier_timeout",
-    "warm_start.lr",
 )
 NOT_NEGATIVE = (
     "optimizer.warmup_steps",
@@ -204,31 +201,28 @@ NOT_NEGATIVE = (
     "trainer.seed",
     "trainer.save_every",
     "trainer.eval_every",
+    "trainer.dump_every",
+    "rollout.max_refills",
 )
-PHASED = ("id", "did")  # schedules with a phase II
+CHOICES_OF_STRATEGY = ("algorithm.schedule.name", "algorithm.policy_loss", "algorithm.advantage")
 UNCLIPPED = ("grpo", "static")  # schedules that mean something with one update per rollout
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """The validated configuration of a YAML file and `key=value` overrides.
 
-    A file may name another by the key `base` (relative to itself), and then holds only what differs.
+    A file may name another by the key `base` (relative to itself), and then holds only what differs. A layer that
+    chooses another strategy drops the settings that a lower layer gave the one before.
     """
     typed = OmegaConf.structured(Config)
     try:
-        for layer in _layers(Path(path)):
-            typed = OmegaConf.merge(typed, layer)
-        for override in overrides:
-            if "=" not in override:
-                raise ConfigError(
-                    f"override {override!r} must have the form key=value, such as trainer.max_steps=4."
-                )
-            try:
-                typed = OmegaConf.merge(typed, OmegaConf.from_dotlist([override]))
-            except YAMLError as error:
-                raise ConfigError(
-                    f"override {override!r} has a value that is not YAML. Check its brackets."
-                ) from error
+        for layer in [*file_layers(Path(path)), override_layer(overrides)]:
+            merged = OmegaConf.merge(typed, layer)
+            if any(OmegaConf.select(layer, key) is not None for key in CHOICES_OF_STRATEGY):
+                from megatron_fec.algorithm.strategies import drop_unread  # takes torch, and this module
+
+                drop_unread(merged, layer)
+            typed = merged
         config = OmegaConf.to_object(typed)
     except ConfigKeyError as error:
         raise ConfigError(_unknown_key(str(error.full_key), path)) from error
@@ -242,6 +236,22 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     assert isinstance(config, Config)
     config.validate()
     return config
+
+
+def override_layer(overrides: list[str] | tuple[str, ...]) -> DictConfig:
+    """All `key=value` overrides as one layer."""
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(
+                f"override {override!r} must have the form key=value, such as trainer.max_steps=4."
+            )
+        try:
+            OmegaConf.from_dotlist([override])
+        except YAMLError as error:
+            raise ConfigError(
+                f"override {override!r} has a value that is not YAML. Check its brackets."
+            ) from error
+    return OmegaConf.from_dotlist(list(overrides))
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -261,7 +271,7 @@ def known_keys(cls: type = Config, prefix: str = "") -> list[str]:
     return keys
 
 
-def _layers(path: Path) -> list[DictConfig]:
+def file_layers(path: Path) -> list[DictConfig]:
     """The chain of files from the deepest base to `path`."""
     if not path.is_file():
         raise ConfigError(f"--config {path} does not exist. The project's own are in configs/.")
@@ -274,7 +284,7 @@ def _layers(path: Path) -> list[DictConfig]:
     if "base" not in layer:
         return [layer]
     base = layer.pop("base")
-    return [*_layers(path.parent / str(base)), layer]
+    return [*file_layers(path.parent / str(base)), layer]
 
 
 def _unknown_key(key: str, path: str | Path) -> str:
@@ -315,16 +325,12 @@ def _check_ranges(config: Config) -> None:
         for key in keys:
             if (value := _get(config, key)) is not None and is_broken(value):
                 raise ConfigError(f"{key}={value} must be {rule}.")
-    for key in ("rollout.gpu_memory_utilization", "algorithm.schedule.h_min_ratio"):
-        if not 0 < _get(config, key) <= 1:
-            raise ConfigError(f"{key}={_get(config, key)} must be in (0, 1].")
+    share = config.rollout.gpu_memory_utilization
+    if not 0 < share <= 1:
+        raise ConfigError(f"rollout.gpu_memory_utilization={share} must be in (0, 1].")
     for key in ("optimizer.beta2", "algorithm.thresholds.eps_std"):
         if not 0 < _get(config, key) < 1:
             raise ConfigError(f"{key}={_get(config, key)} must be between 0 and 1.")
-    if config.algorithm.dual_clip is not None and config.algorithm.dual_clip <= 1:
-        raise ConfigError(
-            f"algorithm.dual_clip={config.algorithm.dual_clip} must be greater than 1, or null for off."
-        )
     lines = config.algorithm.thresholds
     for key, line, limit in (("upper", lines.upper, float("inf")), ("lower", lines.lower, 1.0)):
         if len(line) != 2:
@@ -378,15 +384,14 @@ def _check_schedule(config: Config) -> None:
             f"algorithm.schedule.total_steps={schedule.total_steps} must be at least "
             f"trainer.max_steps={config.trainer.max_steps}: the plan would end before the run."
         )
-    if not 0 < schedule.phase_ratio < 1:
-        raise ConfigError(f"algorithm.schedule.phase_ratio={schedule.phase_ratio} must be between 0 and 1.")
-    if schedule.name in PHASED and schedule.lower_schedule not in ("text", "printed"):
-        raise ConfigError(
-            f"algorithm.schedule.lower_schedule={schedule.lower_schedule} must be text or printed for "
-            f"{schedule.name}: the paper's formula of phase II contradicts its text (docs/equations.md)."
-        )
-    if not 0 <= schedule.entropy_ema < 1:
-        raise ConfigError(f"algorithm.schedule.entropy_ema={schedule.entropy_ema} must be in [0, 1).")
+    # Imported here: it takes torch, and this module.
+    from megatron_fec.algorithm.strategies import check_strategies
+
+    check_strategies(
+        config.algorithm,
+        context_parallel=config.policy.context_parallel,
+        max_response_tokens=config.rollout.max_response_tokens,
+    )
 
 
 def _nearest_divisor(total: int, wanted: int) -> int:

@@ -26,7 +26,7 @@ def convert(checkpoint: Path, output: Path) -> None:
     config = load_config(run_dir / "config.yaml")
     one_rank = replace(config.policy, tensor_parallel=1, pipeline_parallel=1, sequence_parallel=False)
     layout = initialize_parallel(one_rank, seed=config.trainer.seed)
-    source = local_model(config, run_dir)
+    source = local_model(config.model, run_dir, seed=config.trainer.seed)
     hf_config = load_hf_config(str(source))
     read_trainer_state(
         checkpoint, hf_config=hf_config, distributed_optimizer=config.policy.distributed_optimizer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -12,23 +11,26 @@ from omegaconf import OmegaConf
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_fec.algorithm.schedules import build_schedule
+from megatron_fec.algorithm.strategies import needs_reference
+from megatron_fec.collection import Collector
 from megatron_fec.config import Config, OptimizerConfig, save_config
+from megatron_fec.engines import native_engine, vllm_engine
 from megatron_fec.policy.checkpoint import TrainerState
 from megatron_fec.policy.device import device, release_cached_memory
 from megatron_fec.policy.parallel import ParallelLayout, initialize_parallel
-from megatron_fec.policy.sampling import sample_responses
+from megatron_fec.policy.reference import ReferencePolicy
 from megatron_fec.policy.step import Policy, build_policy
 from megatron_fec.policy.weights import export_hf
 from megatron_fec.preflight import Inputs, prepare_inputs
 from megatron_fec.report import write_report
 from megatron_fec.rollout.engine import Engine, true_vocab_size
-from megatron_fec.rollout.native_engine import NativeEngine
 from megatron_fec.rollout.packing import PackLayout
 from megatron_fec.run_log import RunLog
+from megatron_fec.strategy_state import StrategyState
 from megatron_fec.tasks.arithmetic import demonstrations
 from megatron_fec.tasks.verifier import Verifier
 from megatron_fec.trainer import Trainer
-from megatron_fec.warm_start import BATCH_SIZE, Demonstration, run_warm_start
+from megatron_fec.warm_start import BATCH_SIZE, LEARNING_RATE, Demonstration, run_warm_start
 
 WARM_DIR = "warm_start"  # in the run folder: the checkpoint after the supervised steps
 
@@ -54,7 +56,7 @@ def train(config: Config) -> None:
         trainer.fit()
         export_hf(trainer.policy, inputs.model_dir, run_dir / "hf")
     finally:
-        trainer.verifier.close()
+        trainer.collector.verifier.close()
         log.finish()
     if dist.get_rank() == 0:
         write_report([run_dir], run_dir / "report.html")
@@ -64,21 +66,29 @@ def train(config: Config) -> None:
 
 
 def _build_trainer(config: Config, inputs: Inputs, layout: ParallelLayout, log: RunLog) -> Trainer:
-    if config.warm_start.steps and inputs.checkpoint is None:
+    if config.warm_start.steps and (inputs.checkpoint is None or needs_reference(config.algorithm)):
         inputs = replace(inputs, model_dir=_warm_started(config, inputs, layout, log))
     policy = _policy(config, inputs, config.optimizer, layout, total_steps=config.trainer.max_steps)
     state = TrainerState(step=0, consumed_samples=0, weight_version=0, schedule={})
     trainer = Trainer(
         config=config,
         policy=policy,
-        engine=_engine(config, inputs, policy),
+        collector=Collector(
+            engine=_engine(config, inputs, policy),
+            verifier=Verifier(workers=1, timeout=config.data.verifier_timeout),
+            settings=config.rollout,
+        ),
         schedule=build_schedule(config.algorithm.schedule),
-        verifier=Verifier(workers=1, timeout=config.data.verifier_timeout),
+        strategy_state=StrategyState(
+            config.algorithm, max_response_tokens=config.rollout.max_response_tokens
+        ),
         train_prompts=inputs.train.prompts,
         validation_prompts=inputs.validation.prompts if inputs.validation else (),
         log=log,
         pack_layout=_pack_layout(config, layout),
         state=state,
+        # Before a checkpoint is loaded: the policy still has the weights of model.path, or of the warm start.
+        reference=ReferencePolicy(policy) if needs_reference(config.algorithm) else None,
     )
     if inputs.checkpoint is not None and inputs.state is not None:
         trainer.load_state_dict(inputs.checkpoint, inputs.state)
@@ -102,26 +112,17 @@ def _policy(
 
 
 def _engine(config: Config, inputs: Inputs, policy: Policy) -> Engine:
-    if config.rollout.engine == "native":
-        return NativeEngine(
-            sample=partial(sample_responses, policy),
-            tokenizer=inputs.tokenizer,
-            # Context ranks sample prompts of their own: a decoded position cannot be split over them.
-            data_parallel_rank=dist.get_rank(policy.layout.data_group),
-            data_parallel_size=dist.get_world_size(policy.layout.data_group),
-            is_leader=policy.layout.reports_metrics,
-        )
-    # Imported only here: vLLM is an optional extra, and importing it takes seconds.
-    from megatron_fec.rollout.vllm_engine import VllmEngine
-
-    return VllmEngine(
-        model_dir=str(inputs.model_dir),
-        vocab_size=true_vocab_size(inputs.tokenizer),
-        dtype="bfloat16" if config.policy.precision == "bf16" else "float32",
-        tensor_parallel=config.rollout.tensor_parallel,
-        max_model_len=config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
-        gpu_memory_utilization=config.rollout.gpu_memory_utilization,
-        seed_per_request=config.rollout.seed_per_request,
+    rollout = config.rollout
+    if rollout.engine == "native":
+        return native_engine(policy, inputs.tokenizer)
+    return vllm_engine(
+        inputs.model_dir,
+        inputs.tokenizer,
+        precision=config.policy.precision,
+        tensor_parallel=rollout.tensor_parallel,
+        max_model_len=rollout.max_prompt_tokens + rollout.max_response_tokens,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        seed_per_request=rollout.seed_per_request,
     )
 
 
@@ -147,7 +148,7 @@ def _warm_started(config: Config, inputs: Inputs, layout: ParallelLayout, log: R
     # Its own optimizer: a higher rate, decayed to 0, and no state that reinforcement would inherit.
     optimizer = replace(
         config.optimizer,
-        lr=settings.lr,
+        lr=LEARNING_RATE,
         lr_schedule="cosine",
         warmup_steps=settings.steps // 10,
         weight_decay=0.0,

@@ -1,4 +1,4 @@
-"""The entry of one rank: reads the command line, trains, and turns a user's mistake into one line and exit code 2."""
+"""The entry of one rank: reads the command line, works, and turns a user's mistake into one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -8,32 +8,51 @@ import os
 import socket
 import sys
 import warnings
+from collections.abc import Callable
 
 import torch
 
-from megatron_fec.config import Config, ConfigError, load_config
+from megatron_fec.config import ConfigError, load_config
+from megatron_fec.evaluation_config import load_evaluation
 
 
 def main() -> None:
-    """Exit codes: 0 done, 2 a setting is wrong (said once, by rank 0), 1 anything else."""
-    parser = argparse.ArgumentParser(description="Train a policy with entropy-controlled GRPO.")
+    """Trains. Exit codes: 0 done, 2 a setting is wrong (said once, by rank 0), 1 anything else."""
+    _run("Train a policy with entropy-controlled GRPO.", _train)
+
+
+def evaluate_main() -> None:
+    """Evaluates; the same exit codes."""
+    _run("Sample benchmarks and report mean@k and pass@k.", _evaluate)
+
+
+def _run(description: str, work: Callable[[str, list[str]], object]) -> None:
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, help="a YAML file; the project's own are in configs/")
-    parser.add_argument("overrides", nargs="*", help="settings such as trainer.max_steps=4")
+    parser.add_argument("overrides", nargs="*", help="settings in the form key=value")
     arguments = parser.parse_args()
     be_one_rank()
     try:
-        _train(load_config(arguments.config, arguments.overrides))
+        work(arguments.config, arguments.overrides)
     except ConfigError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
-def _train(config: Config) -> None:
+def _train(path: str, overrides: list[str]) -> None:
+    config = load_config(path, overrides)
     # Imported after the configuration is known to be right: megatron-core takes seconds.
     from megatron_fec.job import train
 
     train(config)
+
+
+def _evaluate(path: str, overrides: list[str]) -> None:
+    config = load_evaluation(path, overrides)
+    from megatron_fec.evaluation_job import evaluate  # for the same reason
+
+    evaluate(config)
 
 
 def _free_port() -> int:

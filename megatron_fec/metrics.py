@@ -39,6 +39,15 @@ class MetricSums:
             histograms=torch.stack(counts) if counts else sums.new_zeros(0, HISTOGRAM_BINS),
         )
 
+    def joined(self, other: MetricSums) -> MetricSums:
+        """These and the other's, whose names are different ones."""
+        return MetricSums(
+            names=self.names + other.names,
+            sums=torch.cat([self.sums, other.sums]),
+            histogram_names=self.histogram_names + other.histogram_names,
+            histograms=torch.cat([self.histograms, other.histograms]),
+        )
+
     def with_pair(self, name: str, pair: tuple[Tensor, Tensor]) -> MetricSums:
         """One more (sum, count), in front."""
         row = torch.stack([value.detach().double() for value in pair])

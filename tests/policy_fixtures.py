@@ -34,7 +34,7 @@ from megatron_fec.policy.step import (
 )
 from megatron_fec.policy.tiny_model import save_tiny_model
 from megatron_fec.policy.weights import hf_weights
-from megatron_fec.rollout.packing import PackLayout, pack, with_advantages
+from megatron_fec.rollout.packing import PackLayout, pack, with_sample_values
 from megatron_fec.token_loss import policy_token_loss
 from megatron_fec.types import (
     BlendWeights,
@@ -53,6 +53,7 @@ ROWS_WITHOUT_TOKEN = 16  # of the Qwen3 and Llama checkpoints
 PROMPTS, GROUP_SIZE = 4, 3
 WEIGHTS = BlendWeights(upper=0.6, lower=0.3)  # a step of ID between its two ends
 DUAL_CLIP = 1.8  # low enough that some tokens reach it
+LONGEST = 16  # max_response_tokens of the loss
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -228,7 +229,7 @@ def pack_for(
         context_parallel_size=policy.layout.context_parallel,
     )
     updates = pack(groups, layout=layout, prompts_per_update=prompts_per_update or len(groups), seed=seed)
-    return with_advantages(updates, advantages(len(groups), len(groups[0].samples)))
+    return with_sample_values(updates, advantages=advantages(len(groups), len(groups[0].samples)))
 
 
 def old_logprob_table(model_dir: Path) -> Tensor:
@@ -272,9 +273,12 @@ def clip_token_loss(
     """The clipped surrogate with dynamic bounds, as the trainer builds it."""
     schedule = ScheduleConfig(name="id", total_steps=1, lower_schedule="text")
     algorithm = AlgorithmConfig(
-        schedule=schedule, aggregation=aggregation, dual_clip=DUAL_CLIP, prompts_per_update=1
+        schedule=schedule, aggregation=aggregation, options={"dual_clip": DUAL_CLIP}, prompts_per_update=1
     )
-    return policy_token_loss(algorithm, weights)(stats, micro_batch)
+    token_loss = policy_token_loss(
+        algorithm, weights, max_response_tokens=LONGEST, context_group=None, seed=0
+    )
+    return token_loss(stats, micro_batch)
 
 
 def nll_token_loss(stats: TokenStats, micro_batch: MicroBatch) -> LossOutput:

@@ -1,4 +1,4 @@
-"""Float64 oracle of the policy losses, thresholds, schedules and advantages: one token at a time, in Python floats.
+"""Float64 oracle of the policy losses, thresholds and schedules: one token at a time, in Python floats.
 
 Gradients are written by hand from the cases of the formulas, not by autograd. Imports nothing of ours.
 """
@@ -74,9 +74,9 @@ def clip_loss(
 
 
 def aggregate(
-    losses: Sequence[float], mask: Sequence[bool], ids: Sequence[int], how: str
+    losses: Sequence[float], mask: Sequence[bool], ids: Sequence[int], how: str, longest: int = 1
 ) -> tuple[float, int, list[float]]:
-    """(sum, count, d sum / d loss of each token)."""
+    """(sum, count, d sum / d loss of each token); longest is the divisor of seq_mean_token_sum_norm."""
     lengths: dict[int, int] = {}
     for counts, i in zip(mask, ids, strict=True):
         if counts:
@@ -85,7 +85,8 @@ def aggregate(
     for loss, counts, i in zip(losses, mask, ids, strict=True):
         weight = 0.0
         if counts:
-            weight = 1 / lengths[i] if how == "seq_mean_token_mean" else 1.0
+            divisors = {"seq_mean_token_mean": lengths[i], "seq_mean_token_sum_norm": longest}
+            weight = 1 / divisors.get(how, 1)
             total += weight * loss
         weights.append(weight)
     return total, sum(mask) if how == "token_mean" else len(lengths), weights
@@ -122,13 +123,3 @@ def metrics(
         for name, value in token.items():
             sums[name] = sums.get(name, 0.0) + value
     return {name: value / len(logprobs) for name, value in sums.items()}
-
-
-def group_advantages(rewards: Sequence[Sequence[float]], delta: float) -> list[list[float]]:
-    """(R - mean) / (unbiased std + delta), group by group."""
-    result = []
-    for group in rewards:
-        mean = math.fsum(group) / len(group)
-        variance = math.fsum((r - mean) ** 2 for r in group) / (len(group) - 1)
-        result.append([(r - mean) / (math.sqrt(variance) + delta) for r in group])
-    return result

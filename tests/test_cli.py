@@ -14,6 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "configs" / "tiny_cpu.yaml")
 
 
+COMMANDS = ("quickstart", "train", "evaluate", "convert", "report", "replay", "study")
+
+
 def refusal(*arguments: str) -> str:
     """The one line of a command that a user's mistake ends."""
     result = CliRunner().invoke(cli.app, list(arguments))
@@ -126,4 +129,4 @@ def test_convert_replaces_no_folder_that_holds_something(tmp_path: Path, monkeyp
 
 def test_without_a_command_the_help_names_them_all():
     result = CliRunner().invoke(cli.app, [])
-    assert all(f" {name} " in result.output for name in ("quickstart", "train", "convert", "report"))
+    assert all(f" {name} " in result.output for name in COMMANDS)

@@ -111,8 +111,10 @@ def test_choices(minimal: Path, key: str):
         (["trainer.max_steps=null"], r"trainer\.max_steps in "),
         (["trainer.max_steps"], "override 'trainer.max_steps' must have the form key=value"),
         (["rollout.gpu_memory_utilization=1.5"], r"rollout\.gpu_memory_utilization=1\.5 must be in \(0, 1\]"),
-        (["algorithm.schedule.h_min_ratio=0"], r"algorithm\.schedule\.h_min_ratio=0\.0 must be in \(0, 1\]"),
-        (["algorithm.dual_clip=1"], r"algorithm\.dual_clip=1\.0 must be greater than 1, or null"),
+        (
+            ["algorithm.options.dual_clip=1"],
+            r"algorithm\.options\.dual_clip=1 must be greater than 1, or null",
+        ),
         (
             ["algorithm.thresholds.upper=[0.28]"],
             r"algorithm\.thresholds\.upper=\[0\.28\] must be \[slope, intercept\]",
@@ -147,7 +149,14 @@ def test_choices(minimal: Path, key: str):
             ["algorithm.schedule.name=did", "algorithm.schedule.lower_schedule=txt"],
             r"=txt must be text or printed for did",
         ),
-        (["algorithm.schedule.entropy_ema=1"], r"entropy_ema=1\.0 must be in \[0, 1\)"),
+        (
+            ["algorithm.schedule.name=od", "algorithm.schedule.options.h_min_ratio=0"],
+            r"h_min_ratio=0 must be in \(0, 1\]",
+        ),
+        (
+            ["algorithm.schedule.name=od", "algorithm.schedule.options.entropy_ema=1"],
+            r"entropy_ema=1 must be in \[0, 1\)",
+        ),
     ],
 )
 def test_bad_settings_name_setting_value_and_rule(minimal: Path, overrides: list[str], message: str):
@@ -162,7 +171,7 @@ def test_bad_settings_name_setting_value_and_rule(minimal: Path, overrides: list
         ["policy.context_parallel=2", "policy.micro_batch_tokens=32"],
         ["policy.context_parallel=3", "policy.micro_batch_tokens=36"],
         ["trainer.max_steps=6"],
-        ["algorithm.dual_clip=null"],
+        ["algorithm.options.dual_clip=null"],
         ["policy.sequence_parallel=true", "policy.tensor_parallel=2"],
         [
             "algorithm.schedule.name=grpo",
@@ -203,7 +212,7 @@ def test_bad_files(tmp_path: Path, text: bytes, message: str):
 
 def test_save_and_load_round_trip(minimal: Path, tmp_path: Path):
     config = load_config(
-        minimal, ["algorithm.dual_clip=null", "optimizer.lr=3e-7", "data.validation=val.jsonl"]
+        minimal, ["algorithm.options.dual_clip=null", "optimizer.lr=3e-7", "data.validation=val.jsonl"]
     )
     saved = tmp_path / "config.yaml"
     save_config(config, saved)

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import re
 from functools import cache
 from pathlib import Path
@@ -10,11 +11,26 @@ import pytest
 import torch
 from typer.main import get_command
 
+from megatron_fec.algorithm.additions import AdaptiveEntropyCoef
+from megatron_fec.algorithm.advantages import ADVANTAGES
+from megatron_fec.algorithm.losses import ADDITIONS, MARKS, POLICY_LOSSES
+from megatron_fec.algorithm.options import defaults_of
+from megatron_fec.algorithm.reward_shaping import REWARD_SHAPING
+from megatron_fec.algorithm.schedules import SCHEDULES
+from megatron_fec.algorithm.strategies import ADAPTIVE
 from megatron_fec.cli import app
 from megatron_fec.config import known_keys
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/equations.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/equations.md",
+    "docs/strategies.md",
+    "docs/evaluation.md",
+    "docs/replay.md",
+]
 TOP_LEVEL = "configs|docs|launch|megatron_fec|requirements|tests"  # tracked folders; runs/ is made by running
 SECTIONS = "model|policy|optimizer|algorithm|rollout|data|warm_start|trainer"
 FORBIDDEN = ["/root/", "/home/", "/work/", "/tmp/", "../", "shared/"]
@@ -63,9 +79,34 @@ def functions_of(test_file: str) -> set[str]:
     return {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
 
 
-def snippet() -> str:
-    (code,) = re.findall(r"^```python\n(.*?)^```", read("README.md"), re.MULTILINE | re.DOTALL)
+def snippet(name: str) -> str:
+    """The one block of Python in a document."""
+    (code,) = re.findall(r"^```python\n(.*?)^```", read(name), re.MULTILINE | re.DOTALL)
     return code
+
+
+def option_keys() -> set[str]:
+    """The dotted settings of all strategies."""
+    functions = [*POLICY_LOSSES.values(), *ADDITIONS.values(), *MARKS.values(), AdaptiveEntropyCoef]
+    functions += [*ADVANTAGES.values(), *REWARD_SHAPING.values()]
+    return {f"algorithm.options.{key}" for function in functions for key in defaults_of(function)} | {
+        f"algorithm.schedule.options.{key}" for cls in SCHEDULES.values() for key in defaults_of(cls)
+    }
+
+
+def row_of(text: str, heading: str, name: str) -> str:
+    """The row of the tables under a heading of the second level that begins with `name`."""
+    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    (row,) = re.findall(rf"^\| `{name}` \|.*$", section, re.MULTILINE)
+    return row
+
+
+def shown(default: object) -> str:
+    """A default as the tables write it."""
+    if default is inspect.Parameter.empty:
+        return "required"
+    text = "null" if default is None else f"{default:g}" if isinstance(default, float) else str(default)
+    return re.sub(r"e-0(\d)", r"e-\1", text)
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -86,10 +127,11 @@ def test_paths_exist(name: str) -> None:
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_settings_exist(name: str) -> None:
-    known = set(known_keys())
+    known = set(known_keys()) | option_keys()
     sections = {key.rsplit(".", 1)[0] for key in known}
-    # The one that is mistyped on purpose stands in an error message.
-    assert settings(read(name)) - known - sections - {"trainer.max_step"} == set()
+    # One is mistyped on purpose, in an error message; one belongs to the worked example.
+    others = {"trainer.max_step", "algorithm.options.median_scale"}
+    assert settings(read(name)) - known - sections - others == set()
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -149,11 +191,41 @@ def test_the_readme_is_short() -> None:
 def test_the_snippet_runs() -> None:
     names: dict = {}
     torch.manual_seed(0)
-    exec(compile(snippet(), "README.md", "exec"), names)
+    exec(compile(snippet("README.md"), "README.md", "exec"), names)
     gradient = names["logits"].grad
     assert gradient.isfinite().all()
     assert gradient.any(dim=1).all(), "a ratio of exp(0.1) is inside every bound: no token is clipped"
     assert names["output"].count.item() == 6
+
+
+def test_the_worked_example_of_a_strategy_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(ADVANTAGES, "median", None)  # so that the entry goes when the test ends
+    code = snippet("docs/strategies.md")
+    exec(compile(code, "docs/strategies.md", "exec"), {})
+    (result,) = re.findall(r"# (\[\[.*)$", code, re.MULTILINE)
+    assert result.replace("]", "").replace("[", "").split(", ") == re.findall(
+        r"-?\d(?=\.)", capsys.readouterr().out
+    )
+    with pytest.raises(ValueError, match=r"median_scale=0 must be greater than 0"):
+        exec(compile(code.replace("median_scale=2", "median_scale=0"), "docs/strategies.md", "exec"), {})
+
+
+@pytest.mark.parametrize(
+    ("heading", "name", "function"),
+    [("Schedules", *item) for item in SCHEDULES.items()]
+    + [("Advantages", *item) for item in ADVANTAGES.items()]
+    + [("Data side", *item) for item in REWARD_SHAPING.items()]
+    + [("Policy losses", *item) for item in POLICY_LOSSES.items()]
+    + [("Additions", *item) for item in (ADDITIONS | {ADAPTIVE: AdaptiveEntropyCoef}).items()],
+)
+def test_the_tables_name_every_strategy_with_its_defaults(heading: str, name: str, function) -> None:
+    row = row_of(read("docs/strategies.md"), heading, name)
+    assert dict(re.findall(r"`(\w+)` \(([\w.-]+)\)", row)) == {
+        key: shown(default) for key, default in defaults_of(function).items()
+    }
 
 
 @pytest.mark.parametrize(

@@ -8,21 +8,30 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from run_fixtures import (
+    COMMAND,
+    DEADLINE,
+    LONG,
+    NUM_PUZZLES,
+    ROOT,
+    TWO_STEPS,
+    assert_same_weights,
+    outcome,
+    rows_of,
+    started,
+    train,
+    weights_of,
+    without_newest_checkpoint,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_fec.config import load_config
@@ -31,139 +40,8 @@ from megatron_fec.tasks.arithmetic import countdown_rows
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parent.parent
-CONFIG = str(ROOT / "configs" / "tiny_cpu.yaml")
-DEADLINE = 150.0  # seconds for one run; they take 10 to 40
-COMMAND = "from megatron_fec.cli import app; app()"  # the console script, wherever it is installed
-NUM_PUZZLES = 16
-SETTINGS = {  # all that the results depend on and that the file may choose otherwise
-    "policy.tensor_parallel": 1,
-    "policy.precision": "fp32",
-    "optimizer.lr": 3e-4,
-    "algorithm.prompts_per_update": 4,
-    "algorithm.epochs": 2,
-    "algorithm.thresholds.upper": "[-0.25,0.5]",
-    "algorithm.thresholds.lower": "[-0.13,0.3]",
-    "algorithm.schedule.name": "id",
-    "algorithm.schedule.total_steps": 20,
-    "rollout.engine": "native",
-    "rollout.tensor_parallel": 1,
-    "rollout.prompts_per_step": 16,
-    "rollout.group_size": 8,
-    "data.validation": "null",
-    "warm_start.steps": 0,
-    "trainer.max_steps": 20,
-    "trainer.save_every": 0,
-    "trainer.eval_every": 0,
-    "trainer.seed": 1,
-}
-TWO_STEPS = {"trainer.max_steps": 2, "trainer.save_every": 3}
-LONG = {
-    "rollout.group_size": 16,
-    "trainer.save_every": 5,
-    "trainer.eval_every": 20,
-    "trainer.eval_samples": 4,
-}
 HAS_WANDB = importlib.util.find_spec("wandb") is not None
 needs_vllm = pytest.mark.skipif(not vllm_is_available(), reason="vllm is not installed")
-
-Row = dict[str, Any]
-
-
-# ------------------------------------------------------------------ starting runs
-
-
-def command(run_dir: Path, settings: dict[str, Any], processes: int, launcher: str) -> list[str]:
-    script = str(ROOT / "launch" / "train.py")
-    start = {
-        "script": [script],
-        "torchrun": [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(processes),
-            script,
-        ],
-        "megatron-fec": ["-c", COMMAND, "train", "--processes", str(processes)],
-    }[launcher]
-    merged = SETTINGS | {"trainer.run_dir": run_dir} | settings
-    return [sys.executable, *start, "--config", CONFIG, *(f"{key}={value}" for key, value in merged.items())]
-
-
-@contextmanager
-def started(
-    run_dir: Path, settings: dict[str, Any], processes: int = 1, launcher: str = "script"
-) -> Iterator[subprocess.Popen[str]]:
-    """The run as a child in a session of its own, which is gone at the end."""
-    with socket.socket() as probe:  # the port of a run without torchrun
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    child = subprocess.Popen(
-        command(run_dir, settings, processes, launcher),
-        cwd=ROOT,
-        env=os.environ | {"MASTER_PORT": str(port), "WANDB_SILENT": "true"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        yield child
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.communicate()
-
-
-def outcome(
-    run_dir: Path, settings: dict[str, Any], processes: int = 1, launcher: str = "script"
-) -> tuple[int, str]:
-    """(exit code, all output) of a run that must end before the deadline, all its ranks included."""
-    with started(run_dir, settings, processes, launcher) as child:
-        text, _ = child.communicate(timeout=DEADLINE)
-        return child.returncode, text
-
-
-def train(run_dir: Path, settings: dict[str, Any], processes: int = 1) -> Path:
-    code, text = outcome(run_dir, settings, processes, "torchrun" if processes > 1 else "script")
-    assert code == 0, text
-    return run_dir
-
-
-# ------------------------------------------------------------------ reading runs
-
-
-def rows_of(run_dir: Path) -> list[Row]:
-    """Rows of metrics.jsonl without what the clock decides."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    is_timed = ("timers/", "train_rollouts/tokens_per_second")
-    return [{key: value for key, value in row.items() if not key.startswith(is_timed)} for row in rows]
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor
-        for file in sorted(folder.glob("*.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    first, second = weights_of(one), weights_of(other)
-    assert first
-    assert first.keys() == second.keys()
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
-
-
-def without_newest_checkpoint(run_dir: Path, target: Path) -> Path:
-    """A copy of a finished run as it was before its last save; the rows after that save stay, as after a crash."""
-    shutil.copytree(run_dir, target)
-    checkpoints = sorted((target / "checkpoints").iterdir())
-    assert [path.name for path in checkpoints] == ["step_000005", "step_000010"]
-    shutil.rmtree(checkpoints[-1])
-    shutil.rmtree(target / "hf")
-    return target
 
 
 # ------------------------------------------------------------------ runs that several tests look at
@@ -323,7 +201,7 @@ def test_ten_steps_equal_five_and_resume_and_five(task: dict[str, Any], tmp_path
         "rollout.engine": "vllm" if vllm_is_available() else "native",
         "optimizer.lr_schedule": "cosine",
         "algorithm.schedule.name": "od",
-        "algorithm.schedule.h_min_ratio": 0.99,  # so near that the mode turns before the save
+        "algorithm.schedule.options.h_min_ratio": 0.99,  # so near that the mode turns before the save
         "rollout.group_size": 16,
         "trainer.seed": 3,
         "trainer.max_steps": 10,

@@ -14,6 +14,7 @@ FLOORS = {  # first part of the name below megatron_fec
     "": 0,  # megatron_fec itself: the version
     "types": 0,
     "config": 0,
+    "errors": 0,
     "metrics": 0,
     "seeds": 0,
     "context_split": 0,
@@ -24,12 +25,26 @@ FLOORS = {  # first part of the name below megatron_fec
     "tasks": 3,
     "trainer": 4,
     "token_loss": 4,
+    "collection": 4,
+    "strategy_state": 4,
+    "marks": 4,
     "job": 4,
     "launcher": 4,
     "warm_start": 4,
     "evaluate": 4,
+    "evaluation_config": 4,
+    "evaluation_files": 4,
+    "evaluation_job": 4,
+    "evaluation_results": 4,
+    "engines": 4,
     "run_log": 4,
     "report": 4,
+    "study": 4,
+    "rollout_dump": 4,
+    "dump_reader": 4,
+    "replay": 4,
+    "replay_output": 4,
+    "report_panels": 4,
     "preflight": 4,
     "convert": 4,
     "cli": 5,
@@ -189,6 +204,11 @@ def test_config_and_types_load_no_torch():
         loaded_by(["megatron_fec.config", "megatron_fec.types", "megatron_fec.seeds"], ("torch", "numpy"))
         == set()
     )
+
+
+def test_another_trainer_needs_nothing_but_torch_for_the_loss():
+    modules = ["megatron_fec.algorithm.losses", "megatron_fec.vocab_parallel.token_stats"]
+    assert loaded_by(modules, ("omegaconf", "yaml", "transformers", "megatron")) == set()
 
 
 def test_verifier_processes_load_no_torch():

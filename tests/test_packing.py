@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_fec.rollout.packing import PackLayout, pack, pack_demonstrations, with_advantages
+from megatron_fec.rollout.packing import PackLayout, pack, pack_demonstrations, with_sample_values
 from megatron_fec.types import MicroBatch, Prompt, Sample, SampleGroup
 
 
@@ -41,7 +41,7 @@ def same(a: MicroBatch, b: MicroBatch) -> bool:
 def test_a_micro_batch_written_by_hand() -> None:
     groups = [group(0, [5, 6], [[4], [7, 8, 9]])]
     packed = pack(groups, layout=layout(multiple=4), prompts_per_update=1, seed=0)
-    [[batch]] = with_advantages(packed, torch.tensor([[1.5, -2.0]]))
+    [[batch]] = with_sample_values(packed, advantages=torch.tensor([[1.5, -2.0]]))
     # Sample 1 is longer and comes first; its last token, 9, is only a label. Two tokens of padding make 8.
     assert batch.tokens.tolist() == [5, 6, 7, 8, 5, 6, 0, 0]
     assert batch.labels.tolist() == [6, 7, 8, 9, 6, 4, -100, -100]
@@ -89,14 +89,14 @@ def test_every_response_token_is_trained_on_once(
     ]
     advantages = torch.arange(12.0).reshape(4, 3) - 5
     ranks = [
-        with_advantages(
+        with_sample_values(
             pack(
                 groups,
                 layout=layout(r, size, budget, multiple),
                 prompts_per_update=per_update,
                 seed=per_update,
             ),
-            advantages,
+            advantages=advantages,
         )
         for r in range(size)
     ]
@@ -197,7 +197,7 @@ def test_advantages_may_come_later() -> None:
     old = torch.ones(len(empty[0][0].tokens))
     empty[0][0] = dataclasses.replace(empty[0][0], old_logprobs=old)
     assert all(not batch.advantages.any() for update in empty for batch in update)
-    filled = with_advantages(empty, advantages)
+    filled = with_sample_values(empty, advantages=advantages)
     assert filled[0][0].old_logprobs is old
     for batch in (batch for update in filled for batch in update):
         expected = (batch.sequence_ids + 1.0) * batch.response_mask

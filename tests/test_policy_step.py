@@ -14,6 +14,7 @@ import reference
 import torch
 from policy_fixtures import (
     DUAL_CLIP,
+    LONGEST,
     WEIGHTS,
     Outcome,
     TokenKey,
@@ -83,7 +84,11 @@ def oracle(
         for value, old, a, (low, up) in zip(values, olds, advantage, bounds, strict=True)
     ]
     loss_sum, count, slopes = reference.aggregate(
-        [loss for loss, _ in tokens], [True] * len(keys), [number for number, _ in keys], how
+        [loss for loss, _ in tokens],
+        [True] * len(keys),
+        [number for number, _ in keys],
+        how,
+        longest=LONGEST,
     )
     weights = torch.tensor([slope * token[1] / count for slope, token in zip(slopes, tokens, strict=True)])
     (torch.stack(chosen) * weights.double()).sum().backward()

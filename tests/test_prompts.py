@@ -122,6 +122,34 @@ def test_prompts_are_text_or_messages(tmp_path: Path, prompt: object, answer: ob
     assert (loaded.text, loaded.answer, loaded.verifier, loaded.extra) == (text, str(answer), "math", "")
 
 
+def test_an_answer_may_be_the_one_entry_of_a_list(tmp_path: Path) -> None:
+    """As in OlympiadBench."""
+    rows = [ROW | {"reward_model": {"ground_truth": [value]}} for value in ("$3$", 2)]
+    assert [prompt.answer for prompt in load(write(tmp_path, *rows)).prompts] == ["$3$", "2"]
+
+
+def test_an_answer_may_stand_behind_a_sign(tmp_path: Path) -> None:
+    """As in GSM8K, whose column holds the solution."""
+    solutions = ["One #### two.\n#### 1,234\n", "####5", 6]
+    rows = [ROW | {"reward_model": {"ground_truth": text}} for text in solutions]
+    loaded = load(write(tmp_path, *rows), answer_after="####").prompts
+    assert [prompt.answer for prompt in loaded] == ["1,234", "5", "6"]  # a number is an answer already
+    assert (
+        load("embedded:countdown", answer_after="####", max_prompt_tokens=9).prompts[0].verifier
+        == "countdown"
+    )
+
+
+@pytest.mark.parametrize("text", ["only words", "#### "])
+def test_an_answer_without_its_sign(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, ROW, ROW | {"reward_model": {"ground_truth": text}})
+    message = r"=.* has in row \d a reward_model\.ground_truth with nothing after '####': .* Set {}\.answer_after to"
+    with pytest.raises(ConfigError, match="^data.train" + message.format("data")):
+        load(path, answer_after="####")
+    with pytest.raises(ConfigError, match="^benchmarks.a.source" + message.format("benchmarks.a")):
+        load(path, answer_after="####", setting="benchmarks.a.source")
+
+
 def test_blank_lines_and_windows_line_ends_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(f"\r\n{json.dumps(ROW)}\r\n\n{json.dumps(ROW)}".encode())
@@ -206,7 +234,11 @@ def test_a_chat_style_without_a_template(tmp_path: Path) -> None:
         (ROW | {"prompt": ["one"]}, "row 1 a prompt that is neither text nor a list"),
         (ROW | {"prompt": [{"role": "user"}]}, "row 1 a prompt that is neither text nor a list"),
         (ROW | {"prompt": [{"role": "system", "content": "x"}]}, "with a user message"),
-        (ROW | {"reward_model": {"ground_truth": ["3"]}}, "that is neither text nor a number: ['3']. Mend"),
+        (
+            ROW | {"reward_model": {"ground_truth": ["3", "4"]}},
+            "that is neither text nor a number: ['3', '4']. Mend",
+        ),
+        (ROW | {"reward_model": {"ground_truth": []}}, "that is neither text nor a number: []. Mend"),
         (ROW | {"reward_model": {"ground_truth": None}}, "that is neither text nor a number: None"),
         (ROW | {"reward_model": {"ground_truth": True}}, "that is neither text nor a number: True"),
         (ROW | {"reward_model": {"ground_truth": float("nan")}}, "that is neither text nor a number: nan"),
@@ -281,6 +313,55 @@ def test_a_hub_name_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> No
         ConfigError, match=r"data.train=nobody/nothing could not be loaded.*offline, give a .parquet"
     ):
         load("nobody/nothing")
+
+
+CARD = """---
+configs:
+- config_name: main
+  default: true
+  data_files: [{split: train, path: a.jsonl}, {split: test, path: b.jsonl}]
+- config_name: extra
+  data_files: [{split: test, path: c.jsonl}]
+---
+"""
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the hub keeps it, with two configurations."""
+    folder = tmp_path_factory.mktemp("repository")
+    for name in "abc":
+        write(folder, ROW | {"prompt": name}).rename(folder / f"{name}.jsonl")
+    (folder / "README.md").write_text(CARD)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("parts", "prompt"), [("", "a"), (":test", "b"), (":main:test", "b"), (":extra:test", "c")]
+)
+def test_a_split_and_a_configuration_may_be_named(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: str, prompt: str
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    assert [one.text for one in load(f"{repository}{parts}").prompts] == [prompt]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (":tset", "could not be loaded as a file, folder or hub data set: .*tset"),
+        (":extra:train", "could not be loaded as a file, folder or hub data set: .*train"),
+        (":other:test", "could not be loaded as a file, folder or hub data set: .*other"),
+        (":a:b:c", "does not exist.*NAME:SPLIT, or NAME:CONFIG:SPLIT"),
+        (":", "does not exist.*NAME:SPLIT, or NAME:CONFIG:SPLIT"),
+    ],
+)
+def test_a_split_that_is_not_there(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: str, message: str
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    with pytest.raises(ConfigError, match=rf"(?s)^data.train=.*{parts} {message}"):
+        load(f"{repository}{parts}")
 
 
 def test_no_prompt_is_short_enough(tmp_path: Path) -> None:

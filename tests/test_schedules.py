@@ -11,7 +11,7 @@ import torch
 
 from megatron_fec.algorithm.schedules import SCHEDULES, OscillatoryDecay, Schedule, build_schedule
 from megatron_fec.algorithm.thresholds import ThresholdLines, clip_bounds
-from megatron_fec.config import CHOICES, ScheduleConfig
+from megatron_fec.config import ScheduleConfig
 
 BOOST, SUPPRESS = (1.0, 0.0), (0.0, 1.0)
 
@@ -19,7 +19,8 @@ BOOST, SUPPRESS = (1.0, 0.0), (0.0, 1.0)
 def plan(name: str, total_steps: int = 400, **settings: Any) -> Schedule:
     if name in ("id", "did"):
         settings = {"lower_schedule": "text", **settings}
-    return build_schedule(ScheduleConfig(name=name, total_steps=total_steps, **settings))
+    fields = {key: settings.pop(key) for key in ("phase_ratio", "lower_schedule") if key in settings}
+    return build_schedule(ScheduleConfig(name=name, total_steps=total_steps, options=settings, **fields))
 
 
 def at(schedule: Schedule, step: int, entropy: float = 1.0) -> tuple[float, float]:
@@ -29,10 +30,6 @@ def at(schedule: Schedule, step: int, entropy: float = 1.0) -> tuple[float, floa
 
 def run(schedule: Schedule, entropies: Sequence[float], first_step: int = 0) -> list[tuple[float, float]]:
     return [at(schedule, first_step + i, h) for i, h in enumerate(entropies)]
-
-
-def test_names_are_those_of_the_configuration() -> None:
-    assert tuple(SCHEDULES) == CHOICES["algorithm.schedule.name"]
 
 
 @pytest.mark.parametrize("step", [0, 1, 200, 201, 400, 1000])
@@ -123,7 +120,7 @@ def test_the_turn_is_where_the_user_wrote_it() -> None:
 def test_schedules_without_state() -> None:
     for name in ("grpo", "dynamic_upper", "id", "did"):
         schedule = plan(name)
-        assert schedule.state_dict() == {}
+        assert schedule.state_dict() == schedule.metrics() == {}
         schedule.load_state_dict({})
 
 
@@ -221,6 +218,7 @@ def test_a_bad_entropy_stops_the_run(entropy: float) -> None:
     ("settings", "message"),
     [
         ({"name": "idd"}, "algorithm.schedule.name=idd must be one of grpo, static,"),
+        ({"name": "idd"}, "Did you mean id?"),
         (
             {"name": "id", "lower_schedule": None},
             "algorithm.schedule.lower_schedule=None must be text or printed",
@@ -237,19 +235,30 @@ def test_a_bad_entropy_stops_the_run(entropy: float) -> None:
         ),
         ({"name": "did", "total_steps": -3}, "algorithm.schedule.total_steps=-3 must be an integer"),
         ({"name": "od", "total_steps": "???"}, "algorithm.schedule.total_steps=??? must be an integer"),
-        ({"name": "od", "h_init": 0.0}, "algorithm.schedule.h_init=0.0 must be greater than 0"),
-        ({"name": "od", "h_min": 0.0}, "algorithm.schedule.h_min=0.0 must be greater than 0"),
-        ({"name": "od", "h_min_ratio": 1.5}, "algorithm.schedule.h_min_ratio=1.5 must be in (0, 1]"),
-        ({"name": "od", "entropy_ema": 1.0}, "algorithm.schedule.entropy_ema=1.0 must be in [0, 1)"),
+        ({"name": "od", "h_init": 0.0}, "options.h_init=0.0 must be greater than 0, or null"),
+        ({"name": "od", "h_min": 0.0}, "options.h_min=0.0 must be greater than 0, or null"),
+        ({"name": "od", "h_min_ratio": 1.5}, "algorithm.schedule.options.h_min_ratio=1.5 must be in (0, 1]"),
+        ({"name": "od", "h_min_ratio": 0.0}, "algorithm.schedule.options.h_min_ratio=0.0 must be in (0, 1]"),
+        ({"name": "od", "entropy_ema": 1.0}, "algorithm.schedule.options.entropy_ema=1.0 must be in [0, 1)"),
         (
-            {"name": "od", "h_min": 2.0, "h_init": 1.0},
-            "algorithm.schedule.h_min=2.0 must be at most 1, algorithm",
+            {"name": "od", "entropy_ema": -0.1},
+            "algorithm.schedule.options.entropy_ema=-0.1 must be in [0, 1)",
         ),
+        ({"name": "od", "h_min": 2.0, "h_init": 1.0}, "options.h_min=2.0 must be at most 1, algorithm"),
+        ({"name": "od", "h_mim": 0.1}, "options.h_mim is not read by od. Did you mean h_min?"),
+        ({"name": "id", "h_min": 0.1}, "options.h_min is not read by id. It has no settings."),
+        (
+            {"name": "od", "phase_ratio": 0.4},
+            "schedule.phase_ratio=0.4 is not read by od. Remove it, or use id or did",
+        ),
+        ({"name": "grpo", "lower_schedule": "text"}, "schedule.lower_schedule=text is not read by grpo"),
+        ({"name": "dynamic_upper", "phase_ratio": 0.3}, "phase_ratio=0.3 is not read by dynamic_upper"),
     ],
 )
 def test_a_bad_setting_stops_at_construction(settings: dict[str, Any], message: str) -> None:
+    name, total_steps = settings.pop("name"), settings.pop("total_steps", 10)
     with pytest.raises(ValueError, match=re.escape(message)):
-        build_schedule(ScheduleConfig(**{"total_steps": 10, "lower_schedule": "text", **settings}))
+        plan(name, total_steps, **settings)
 
 
 def test_a_static_schedule_needs_a_constant_name() -> None:

@@ -7,8 +7,7 @@ import pytest
 
 from megatron_fec.config import ConfigError, load_config
 from megatron_fec.policy.checkpoint import TrainerState
-from megatron_fec.trainer import Trainer, _is_due, _rollout_metrics, _update_order
-from megatron_fec.types import Prompt, Sample, SampleGroup
+from megatron_fec.trainer import Trainer, _is_due, _update_order
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny_cpu.yaml"
 
@@ -18,9 +17,9 @@ def test_a_checkpoint_of_another_schedule_is_refused(tmp_path: Path):
     trainer = Trainer(
         config=load_config(TINY, []),
         policy=nothing,
-        engine=nothing,
+        collector=nothing,
         schedule=nothing,
-        verifier=nothing,
+        strategy_state=nothing,
         train_prompts=(),
         validation_prompts=(),
         log=nothing,
@@ -43,26 +42,3 @@ def test_later_epochs_shuffle_the_updates():
     assert sorted(second) == [0, 1, 2, 3, 4, 5] and second != sorted(second)
     assert _update_order(6, 0, 3, 1) == second
     assert _update_order(6, 0, 4, 1) != second
-
-
-def test_rollout_metrics_by_hand():
-    prompt = Prompt(prompt_id=0, text="", token_ids=(1,), answer="", verifier="math")
-
-    def sample(length: int, is_truncated: bool) -> Sample:
-        tokens = (1,) * length
-        return Sample(
-            token_ids=tokens,
-            logprobs=(0.0,) * length,
-            text="",
-            is_truncated=is_truncated,
-            weight_version=0,
-        )
-
-    groups = [SampleGroup(prompt=prompt, samples=(sample(2, False), sample(6, True)))] * 2
-    assert _rollout_metrics(groups, [[0.0, 1.0], [0.0, 0.0]]) == {
-        "reward": 0.25,
-        "group_pass_rate": 0.5,
-        "group_signal_rate": 0.5,
-        "response_length": 4.0,
-        "truncated": 0.5,
-    }

@@ -152,6 +152,9 @@ def check_rank(seen: dict[str, Any]) -> None:
     assert "Call refit first" in seen["before_refit"]
     # fp32 against transformers' own kernels; measured 3e-6, and above 0.1 with stale weights.
     assert seen["error_4"] < 1e-4 and seen["error_5"] < 1e-4
+    assert seen["error_truncated"] < 1e-4 and seen["is_truncated"], (
+        "top-k and top-p of vLLM are those of the words"
+    )
     assert seen["repeats"], "the same call gives the same samples, also after free()"
     assert seen["state_kept"] and seen["threads_settable"], "vLLM changed the trainer's global state"
     # The trainer's stream runs inside vLLM's loader: it must not notice.

@@ -11,6 +11,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from megatron_fec.rollout.vllm_engine import VllmEngine
 from megatron_fec.types import Prompt, SampleGroup
 
 GROUP, TEMPERATURE = 3, 0.7
+TOP_P, TOP_K = 0.6, 8
 
 
 def main(model_dir: str, out_dir: str, tensor_parallel: int, seed_per_request: bool) -> None:
@@ -61,6 +63,9 @@ def main(model_dir: str, out_dir: str, tensor_parallel: int, seed_per_request: b
         seen["seconds_generate"] = time.perf_counter() - start
         check_groups(groups, weight_version=version, group_size=GROUP)
         seen[f"error_{version}"] = max(_errors(model, groups, len(tokenizer)))
+    cut = engine.generate(prompts, replace(sampling, top_p=TOP_P, top_k=TOP_K))
+    seen["error_truncated"] = max(_errors(model, cut, len(tokenizer), top_p=TOP_P, top_k=TOP_K))
+    seen["is_truncated"] = cut != groups
     engine.free()
     again = engine.generate(prompts, sampling)
     seen["repeats"] = again == groups
@@ -126,13 +131,22 @@ def _probed(weights, ambient):
 
 
 @torch.no_grad()
-def _errors(model, groups: list[SampleGroup], vocabulary: int):
-    """Distance of each log-prob from a transformers forward, at the temperature, over the true vocabulary."""
+def _errors(model, groups: list[SampleGroup], vocabulary: int, *, top_p: float = 1.0, top_k: int = 0):
+    """Distance of each log-prob from a transformers forward, at the temperature, over the true vocabulary.
+
+    After top-k and then top-p where they are given; a token that these leave out is infinitely far.
+    """
     for group in groups:
         for sample in group.samples:
             ids = torch.tensor([[*group.prompt.token_ids, *sample.token_ids]])
             logits = model(ids).logits[0, len(group.prompt.token_ids) - 1 : -1, :vocabulary]
             expected = (logits / TEMPERATURE).log_softmax(-1)
+            for row in expected if top_k else ():
+                order = row.argsort(descending=True)
+                above = row[order].exp() / row[order[:top_k]].exp().sum()
+                count = min(top_k, int((above.cumsum(0) - above < top_p).sum()))
+                row[order[count:]] = -torch.inf
+                row -= row.logsumexp(0)
             response = torch.tensor(sample.token_ids)
             expected = expected.gather(1, response[:, None])[:, 0]
             yield (torch.tensor(sample.logprobs) - expected).abs().max().item()

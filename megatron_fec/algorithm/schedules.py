@@ -1,15 +1,19 @@
 """Entropy schedules of arXiv 2602.09782, section 4.2: (step, measured entropy) -> weights of the lines.
 
-Where the paper leaves a choice open or contradicts itself, the choice is a field of ScheduleConfig.
+Where the paper leaves a choice open or contradicts itself, the choice is a setting: a field of ScheduleConfig, or an
+option (algorithm.schedule.options), which is a keyword argument of the schedule's constructor.
 """
 
 from __future__ import annotations
 
-import math
+from dataclasses import fields
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
-from megatron_fec.config import ConfigError, ScheduleConfig
+from megatron_fec.algorithm.options import BelowOne, Positive, UpToOne, check_options, choose
+from megatron_fec.algorithm.schedule_checks import check_entropy, check_state, check_total_steps, require
+from megatron_fec.algorithm.target import EntropyTarget
+from megatron_fec.config import ScheduleConfig
 from megatron_fec.types import BlendWeights
 
 STATIC_WEIGHTS = {
@@ -23,15 +27,24 @@ SUPPRESS = BlendWeights(upper=0.0, lower=1.0)
 
 
 class Schedule(Protocol):
-    """A plan for the two lines. Every rank must call it with the same float and gets the same weights."""
+    """A plan for the two lines. Every rank must call it with the same float and gets the same weights.
 
-    def __init__(self, config: ScheduleConfig) -> None: ...
+    READS names the fields of the config that it uses beside name, total_steps and options.
+    """
+
+    READS: ClassVar[frozenset[str]]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...  # (config: ScheduleConfig, *, options)
 
     def weights(self, step: int, entropy: float) -> BlendWeights:
         """Weights of one step; called once a step, before its first update.
 
         step: 0-based. entropy: token mean over the response tokens of the policy that sampled this step.
         """
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What the last call of weights() decided by, for the log."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -44,8 +57,10 @@ class Schedule(Protocol):
 class Static:
     """The same weights at every step."""
 
+    READS: ClassVar[frozenset[str]] = frozenset()
+
     def __init__(self, config: ScheduleConfig) -> None:
-        _require(
+        require(
             config.name in STATIC_WEIGHTS,
             f"algorithm.schedule.name={config.name} must be one of {', '.join(STATIC_WEIGHTS)} for constant "
             "weights. Use one of them, or build_schedule.",
@@ -55,18 +70,23 @@ class Static:
     def weights(self, step: int, entropy: float) -> BlendWeights:
         return self._weights
 
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        _check_state(state, self.state_dict())
+        check_state(state, self.state_dict())
 
 
 class IncreaseDecrease:
     """ID: the upper line is on at first and fades out until the turn; the lower line is used after it."""
 
+    READS: ClassVar[frozenset[str]] = frozenset({"phase_ratio", "lower_schedule"})
+
     def __init__(self, config: ScheduleConfig) -> None:
-        _check_total_steps(config)
+        check_total_steps(config.total_steps)
         _check_phases(config)
         self._config = config
 
@@ -74,18 +94,23 @@ class IncreaseDecrease:
         phase = _phase(step, self._config)
         return BlendWeights(upper=max(phase, 0.0), lower=_phase_two_lower(phase, self._config))
 
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        _check_state(state, self.state_dict())
+        check_state(state, self.state_dict())
 
 
 class DecreaseIncreaseDecrease:
     """DID: the upper line fades in until the turn and stays; the lower line is used after the turn."""
 
+    READS: ClassVar[frozenset[str]] = frozenset({"phase_ratio", "lower_schedule"})
+
     def __init__(self, config: ScheduleConfig) -> None:
-        _check_total_steps(config)
+        check_total_steps(config.total_steps)
         _check_phases(config)
         self._config = config
 
@@ -93,11 +118,14 @@ class DecreaseIncreaseDecrease:
         phase = _phase(step, self._config)
         return BlendWeights(upper=1.0 - max(phase, 0.0), lower=_phase_two_lower(phase, self._config))
 
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        _check_state(state, self.state_dict())
+        check_state(state, self.state_dict())
 
 
 class OscillatoryDecay:
@@ -108,42 +136,56 @@ class OscillatoryDecay:
     call; a checkpoint carries it, so that a resumed run does not measure it again.
     """
 
-    def __init__(self, config: ScheduleConfig) -> None:
-        _check_total_steps(config)
-        _check_oscillation(config)
-        self._config = config
+    READS: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(
+        self,
+        config: ScheduleConfig,
+        *,
+        h_init: Positive | None = None,  # entropy at the start; null measures it at step 0
+        h_min_ratio: UpToOne = 0.2,  # H_min = h_min_ratio * H_init
+        h_min: Positive | None = None,  # replaces h_min_ratio * H_init
+        entropy_ema: BelowOne = 0.0,  # H <- ema * H + (1 - ema) * measured; 0 is off
+    ) -> None:
+        check_total_steps(config.total_steps)
+        if h_init is not None:
+            _check_h_min(h_min, h_init, "algorithm.schedule.options.h_init")
+        self._total_steps = config.total_steps
+        self._configured_h_init = h_init
+        self._h_min_ratio = h_min_ratio
+        self._h_min = h_min
+        self._ema = entropy_ema
         self._is_boosting = False
-        self._h_init = config.h_init
+        self._h_init = h_init
         self._entropy: float | None = None  # smoothed
 
     def weights(self, step: int, entropy: float) -> BlendWeights:
-        if not math.isfinite(entropy):
-            raise RuntimeError(
-                f"entropy={entropy} at step {step} must be finite. Look for the NaN in the log-probs."
-            )
-        ema = self._config.entropy_ema
-        self._entropy = entropy if self._entropy is None else ema * self._entropy + (1 - ema) * entropy
+        check_entropy(entropy, step)
+        self._entropy = (
+            entropy if self._entropy is None else self._ema * self._entropy + (1 - self._ema) * entropy
+        )
         if self._h_init is None:
             self._h_init = self._entropy
-            _check_h_min(self._config.h_min, self._h_init, "the entropy measured at the first step")
-        h_min = (
-            self._config.h_min if self._config.h_min is not None else self._config.h_min_ratio * self._h_init
-        )
-        ceiling = h_min + (self._h_init - h_min) * max(0.0, 1 - step / self._config.total_steps)
+            _check_h_min(self._h_min, self._h_init, "the entropy measured at the first step")
+        h_min = self._h_min if self._h_min is not None else self._h_min_ratio * self._h_init
+        ceiling = h_min + (self._h_init - h_min) * max(0.0, 1 - step / self._total_steps)
         if self._entropy <= h_min:
             self._is_boosting = True
         elif self._entropy > ceiling:
             self._is_boosting = False
         return BOOST if self._is_boosting else SUPPRESS
 
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         return {"is_boosting": self._is_boosting, "h_init": self._h_init, "entropy": self._entropy}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues a run; an h_init in the configuration goes before the one that was measured."""
-        _check_state(state, self.state_dict())
+        check_state(state, self.state_dict())
         self._is_boosting = state["is_boosting"]
-        self._h_init = state["h_init"] if self._config.h_init is None else self._config.h_init
+        self._h_init = state["h_init"] if self._configured_h_init is None else self._configured_h_init
         self._entropy = state["entropy"]
 
 
@@ -155,16 +197,24 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "id": IncreaseDecrease,
     "did": DecreaseIncreaseDecrease,
     "od": OscillatoryDecay,
+    "target": EntropyTarget,
 }
 
 
 def build_schedule(config: ScheduleConfig) -> Schedule:
-    """The schedule that `config.name` asks for."""
-    _require(
-        config.name in SCHEDULES,
-        f"algorithm.schedule.name={config.name} must be one of {', '.join(SCHEDULES)}. Use one of these.",
-    )
-    return SCHEDULES[config.name](config)
+    """The schedule that `config.name` asks for; a setting that it does not read is an error."""
+    schedule = choose(SCHEDULES, config.name, key="algorithm.schedule.name")
+    for item in fields(config):
+        if item.name in ("name", "total_steps", "options") or item.name in schedule.READS:
+            continue
+        value = getattr(config, item.name)
+        require(
+            value == item.default,
+            f"algorithm.schedule.{item.name}={value} is not read by {config.name}. Remove it, or use "
+            f"{' or '.join(name for name in SCHEDULES if item.name in SCHEDULES[name].READS)}.",
+        )
+    check_options({config.name: schedule.__init__}, config.options, key="algorithm.schedule.options")
+    return schedule(config, **config.options)
 
 
 def _phase(step: int, config: ScheduleConfig) -> float:
@@ -190,25 +240,12 @@ def _phase_two_lower(phase: float, config: ScheduleConfig) -> float:
     return 1.0 + phase if config.lower_schedule == "printed" else -phase
 
 
-def _require(is_met: bool, message: str) -> None:
-    if not is_met:
-        raise ConfigError(message)
-
-
-def _check_total_steps(config: ScheduleConfig) -> None:
-    _require(
-        isinstance(config.total_steps, int) and config.total_steps >= 1,
-        f"algorithm.schedule.total_steps={config.total_steps} must be an integer of at least 1. "
-        "Set it to the number of steps that the plan spans.",
-    )
-
-
 def _check_phases(config: ScheduleConfig) -> None:
-    _require(
+    require(
         0 < config.phase_ratio < 1,
         f"algorithm.schedule.phase_ratio={config.phase_ratio} must be between 0 and 1. The paper uses 0.5.",
     )
-    _require(
+    require(
         config.lower_schedule in ("text", "printed"),
         f"algorithm.schedule.lower_schedule={config.lower_schedule} must be text or printed for "
         f"{config.name}: the paper's formula of phase II contradicts its text. Use text for a plan without a jump "
@@ -216,39 +253,9 @@ def _check_phases(config: ScheduleConfig) -> None:
     )
 
 
-def _check_oscillation(config: ScheduleConfig) -> None:
-    _require(
-        config.h_init is None or 0 < config.h_init < math.inf,
-        f"algorithm.schedule.h_init={config.h_init} must be greater than 0. Use null to measure it.",
-    )
-    _require(
-        0 < config.h_min_ratio <= 1,
-        f"algorithm.schedule.h_min_ratio={config.h_min_ratio} must be in (0, 1]. The paper uses 0.2.",
-    )
-    _require(
-        config.h_min is None or config.h_min > 0,
-        f"algorithm.schedule.h_min={config.h_min} must be greater than 0. Use null for h_min_ratio * h_init.",
-    )
-    _require(
-        0 <= config.entropy_ema < 1,
-        f"algorithm.schedule.entropy_ema={config.entropy_ema} must be in [0, 1). Use 0 for no smoothing.",
-    )
-    if config.h_init is not None:
-        _check_h_min(config.h_min, config.h_init, "algorithm.schedule.h_init")
-
-
 def _check_h_min(h_min: float | None, h_init: float, source: str) -> None:
-    _require(
+    require(
         h_min is None or h_min <= h_init,
-        f"algorithm.schedule.h_min={h_min} must be at most {h_init:g}, {source}: entropy oscillates "
-        "between the two. Lower h_min or set a larger algorithm.schedule.h_init.",
-    )
-
-
-def _check_state(state: dict[str, Any], own: dict[str, Any]) -> None:
-    _require(
-        state.keys() == own.keys(),
-        f"the checkpoint's schedule state has keys {sorted(state)}, and algorithm.schedule.name needs "
-        f"{sorted(own)}: it was saved under another schedule. Resume with that schedule, or use a new "
-        "trainer.run_dir.",
+        f"algorithm.schedule.options.h_min={h_min} must be at most {h_init:g}, {source}: entropy oscillates "
+        "between the two. Lower h_min or set a larger algorithm.schedule.options.h_init.",
     )

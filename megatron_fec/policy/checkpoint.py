@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,9 @@ class TrainerState:
     consumed_samples: int  # prompts taken from the order
     weight_version: int
     schedule: dict[str, Any]  # the schedule's state_dict, with OD's mode and H_init
+    strategies: dict[str, Any] = field(
+        default_factory=dict
+    )  # state of the loss and of the advantages, if any
 
 
 def find_checkpoints(directory: Path) -> list[Path]:

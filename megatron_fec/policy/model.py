@@ -70,6 +70,7 @@ class PolicyModel(GPTModel):
     temperature: float
     tensor_group: dist.ProcessGroup
     logits_chunk_tokens: int | None
+    second_moments: bool = False  # whether the statistics hold them; set before each pass by policy/step.py
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> TokenStats:  # type: ignore[override]
         """labels [1, T], logits [T, 1, V_local] -> [T] statistics; Megatron's hook, on the last stage."""
@@ -107,6 +108,7 @@ class PolicyModel(GPTModel):
             "group": self.tensor_group,
             "vocab_size": self.true_vocab_size,
             "temperature": self.temperature,
+            "second_moments": self.second_moments,
         }
 
 

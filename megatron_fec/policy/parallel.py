@@ -28,6 +28,7 @@ class ParallelLayout:
     tensor_group: dist.ProcessGroup
     pipeline_group: dist.ProcessGroup
     data_group: dist.ProcessGroup  # DP x CP: its ranks hold different tokens under the same weights
+    context_group: dist.ProcessGroup  # its ranks hold parts of the same sequences
     is_last_stage: bool
 
     @property
@@ -52,7 +53,8 @@ def initialize_parallel(policy: PolicyConfig, *, seed: int) -> ParallelLayout:
     pipeline_group = parallel_state.get_pipeline_model_parallel_group()
     data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     assert isinstance(tensor_group, dist.ProcessGroup) and isinstance(pipeline_group, dist.ProcessGroup)
-    assert isinstance(data_group, dist.ProcessGroup)
+    context_group = parallel_state.get_context_parallel_group()
+    assert isinstance(data_group, dist.ProcessGroup) and isinstance(context_group, dist.ProcessGroup)
     return ParallelLayout(
         tensor_parallel=policy.tensor_parallel,
         pipeline_parallel=policy.pipeline_parallel,
@@ -63,6 +65,7 @@ def initialize_parallel(policy: PolicyConfig, *, seed: int) -> ParallelLayout:
         tensor_group=tensor_group,
         pipeline_group=pipeline_group,
         data_group=data_group,
+        context_group=context_group,
         is_last_stage=parallel_state.is_pipeline_last_stage(),
     )
 

@@ -8,8 +8,9 @@ over ranks, and each context rank samples on its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,14 +47,16 @@ def sample_responses(
     uniforms: Tensor,
     stop_id: int,
     temperature: float,
+    top_p: float = 1.0,
+    top_k: int = 0,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """One response for each prompt: its ids, the stop token included, and their log-probs.
 
     prompts: the same on all TP and PP ranks of a data-parallel rank, which all call this and get the same result;
     nothing is communicated between data-parallel or context ranks.
     uniforms: [N, max_response_tokens] in [0, 1), one for each row and response position.
-    Log-probs are at the temperature, over the true vocabulary. Parameters, gradients, the train or eval mode and the
-    global random states are left as they are.
+    Log-probs are at the temperature, over what top_k and top_p (see `truncated`) leave of the true vocabulary.
+    Parameters, gradients, the train or eval mode and the global random states are left as they are.
     """
     assert uniforms.shape[0] == len(prompts), (
         f"uniforms of {uniforms.shape[0]} rows for {len(prompts)} prompts"
@@ -63,12 +66,13 @@ def sample_responses(
             raise ValueError(
                 f"prompt {number} has no token; sampling starts from at least 1. Filter empty prompts."
             )
+    draw = partial(_draw, temperature=temperature, top_p=top_p, top_k=top_k)
     responses: list[tuple[list[int], list[float]]] = [([], [])] * len(prompts)
     # Not torch.inference_mode: megatron-core keeps RoPE tables, which training may have to save for its backward.
     with torch.no_grad(), _ready_to_infer(policy):
         for rows in _chunks([len(prompt) for prompt in prompts], uniforms.shape[1]):
             chunk = _decode_chunk(
-                policy, [prompts[i] for i in rows], uniforms[rows], stop_id=stop_id, temperature=temperature
+                policy, [prompts[i] for i in rows], uniforms[rows], stop_id=stop_id, draw=draw
             )
             for i, response in zip(rows, chunk, strict=True):
                 responses[i] = response
@@ -91,7 +95,7 @@ def _chunks(prompt_lengths: Sequence[int], max_response_tokens: int) -> Iterator
 
 
 def _decode_chunk(
-    policy: Policy, prompts: Sequence[Sequence[int]], uniforms: Tensor, *, stop_id: int, temperature: float
+    policy: Policy, prompts: Sequence[Sequence[int]], uniforms: Tensor, *, stop_id: int, draw: Callable
 ) -> list[tuple[list[int], list[float]]]:
     """(ids, log-probs) of each row; position t is decoded for all rows at once.
 
@@ -112,7 +116,7 @@ def _decode_chunk(
     for t in range(first, total):
         logits = _next_logits(model, layout, context, tokens[:, context.sequence_len_offset : t])
         column = (t - lengths).clamp(0, max_response_tokens - 1)[:, None]
-        drawn = None if logits is None else _draw(logits, uniforms.gather(1, column), temperature)
+        drawn = None if logits is None else draw(logits, uniforms.gather(1, column))
         chosen, logprob = _agreed(drawn, num_rows, layout)
         is_response = (t >= lengths) & (t < ends)
         tokens[:, t] = torch.where(is_response, chosen, tokens[:, t])
@@ -152,12 +156,35 @@ def _next_logits(
     return output[:, -1, : model.true_vocab_size]
 
 
-def _draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def truncated(logits: Tensor, *, top_p: float = 1.0, top_k: int = 0) -> Tensor:
+    """logits [N, V] with -inf where the token is left out; the same tensor where none is.
+
+    First all but the top_k largest go (0 keeps all), then all but the fewest whose probability, renewed over what was
+    left, reaches top_p: vLLM's order (v1/sample/ops/topk_topp_sampler.py). Equal logits share one fate, so that the
+    layout cannot decide between them; vLLM breaks such ties by its sorting.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        least = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p < 1:
+        ordered = logits.sort(dim=-1, descending=True).values
+        probs = ordered.softmax(-1)
+        above = (
+            probs.cumsum(-1) - probs
+        )  # the probability of the larger ones: 0 for the first, which always stays
+        least = ordered.masked_fill(above >= top_p, torch.inf).amin(-1, keepdim=True)
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    return logits
+
+
+def _draw(
+    logits: Tensor, uniforms: Tensor, temperature: float, *, top_p: float = 1.0, top_k: int = 0
+) -> tuple[Tensor, Tensor]:
     """logits [N, V], uniforms [N, 1] fp64 -> [N] chosen ids and their log-probs, fp64.
 
     The id is the first whose cumulated probability exceeds the uniform number, so one of probability 0 is never it.
     """
-    logprobs = (logits.double() / temperature).log_softmax(-1)
+    logprobs = truncated(logits.double() / temperature, top_p=top_p, top_k=top_k).log_softmax(-1)
     cumulated = logprobs.exp().cumsum(-1)
     chosen = torch.searchsorted(cumulated, uniforms * cumulated[:, -1:], right=True)
     # With logits of NaN there is no choice: the log-prob then tells, and stops at the guard of the engines.

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_fec.config import OptimizerConfig, PolicyConfig
 from megatron_fec.metrics import MetricSums
 from megatron_fec.policy.device import device
-from megatron_fec.policy.model import build_bridge, build_model, forward, load_hf_config
+from megatron_fec.policy.model import PolicyModel, build_bridge, build_model, forward, load_hf_config
 from megatron_fec.policy.optimizer import build_optimizer, wrap_ddp
 from megatron_fec.policy.parallel import ParallelLayout, check_model_sizes
 from megatron_fec.types import LossOutput, MicroBatch, TokenStats
@@ -76,25 +76,35 @@ def build_policy(
 def compute_logprobs(
     policy: Policy, updates: Sequence[Sequence[MicroBatch]]
 ) -> tuple[list[list[MicroBatch]], MetricSums]:
-    """The micro-batches with old_logprobs filled, and the sums of entropy and of |trainer - engine| log-prob.
+    """The micro-batches with old_logprobs and old_entropy, and the sums of entropy and of |trainer - engine| log-prob.
 
     Forward only, through the kernel of training, so that the first update's ratio is exactly 1. The sums are those of
     the whole batch, equal on every rank. Off the last pipeline stage the micro-batches come back unchanged.
     """
-    policy.model.eval()
     filled: list[list[MicroBatch]] = []
     sums: list[MetricSums] = []
-    for on_host in updates:
-        micro_batches = [_on_device(micro_batch) for micro_batch in on_host]
-        stats = _run(policy, micro_batches, _keep_stats, forward_only=True)
-        if not stats:
-            filled.append(micro_batches)
-            continue
-        pairs = list(zip(micro_batches, stats, strict=True))
-        filled.append([replace(mb, old_logprobs=kept.logprobs) for mb, kept in pairs])
-        sums += [_on_policy_sums(mb, kept) for mb, kept in pairs]
-    policy.model.train()
+    for update in updates:
+        pairs = token_statistics(policy, update, second_moments=False)
+        filled.append(
+            [
+                mb if s is None else replace(mb, old_logprobs=s.logprobs, old_entropy=s.entropy)
+                for mb, s in pairs
+            ]
+        )
+        sums += [_on_policy_sums(mb, s) for mb, s in pairs if s is not None]
     return filled, reduce_metrics(sums, policy.layout)
+
+
+def token_statistics(
+    policy: Policy, update: Sequence[MicroBatch], *, second_moments: bool
+) -> list[tuple[MicroBatch, TokenStats | None]]:
+    """Each micro-batch, on its device, with its statistics under the current weights; None off the last stage."""
+    policy.model.eval()
+    _core(policy).second_moments = second_moments
+    micro_batches = [_on_device(micro_batch) for micro_batch in update]
+    stats = _run(policy, micro_batches, _keep_stats, forward_only=True)
+    policy.model.train()
+    return list(zip(micro_batches, stats or [None] * len(micro_batches), strict=True))
 
 
 def train_update(
@@ -107,6 +117,7 @@ def train_update(
     """
     micro_batches = [_on_device(micro_batch) for micro_batch in micro_batches]
     policy.model.train()
+    _core(policy).second_moments = True  # of the metrics; the same collective carries them
     policy.model.zero_grad_buffer()
     policy.optimizer.zero_grad()
     metrics = _run(policy, micro_batches, partial(_loss, token_loss), forward_only=False)
@@ -135,6 +146,12 @@ def reduce_metrics(sums: Sequence[MetricSums], layout: ParallelLayout) -> Metric
     dist.broadcast_object_list(box, src=source)
     assert box[0] is not None
     return box[0]
+
+
+def _core(policy: Policy) -> PolicyModel:
+    core = unwrapped(policy.model)
+    assert isinstance(core, PolicyModel)
+    return core
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:

@@ -28,6 +28,10 @@ class Sampling:
     max_response_tokens: int
     temperature: float
     seed: int  # already derived for this step
+    # The top_k most probable tokens (0 is all), then the fewest of them whose probability, renewed over these, reaches
+    # top_p; in that order, as in vLLM. Training samples from the whole distribution.
+    top_p: float = 1.0
+    top_k: int = 0
 
 
 class Engine(Protocol):
@@ -40,7 +44,8 @@ class Engine(Protocol):
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[SampleGroup]:
         """One group for each prompt in the order of `prompts`, the complete list on every rank.
 
-        Log-probs are those of the distribution that was sampled: at the temperature, over the true vocabulary.
+        Log-probs are those of the distribution that was sampled: at the temperature, over the true vocabulary, or over
+        what top_k and top_p leave of it.
         """
         ...
 

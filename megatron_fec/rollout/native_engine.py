@@ -11,7 +11,8 @@ from torch import Tensor
 from megatron_fec.rollout.engine import Sampling, gather_groups, request_seeds
 from megatron_fec.types import Prompt, Sample, SampleGroup
 
-# (prompts, uniforms=, stop_id=, temperature=) -> ids and log-probs of one response each; collective over TP and PP.
+# (prompts, uniforms=, stop_id=, temperature=, top_p=, top_k=) -> ids and log-probs of one response each; collective over
+# TP and PP.
 SampleFunction = Callable[..., tuple[list[list[int]], list[list[float]]]]
 
 
@@ -71,6 +72,8 @@ class NativeEngine:
             uniforms=_uniforms(seeds, sampling.max_response_tokens),
             stop_id=self._tokenizer.eos_token_id,
             temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
         )
         return [
             Sample(

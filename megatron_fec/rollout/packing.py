@@ -51,7 +51,7 @@ def pack(
     An update holds as many samples as `prompts_per_update` prompts have, drawn without replacement from the whole step:
     siblings in one update cancel part of each other's gradient, and fewer tokens reach a clip bound
     (docs/equations.md). In one update all ranks have equally many micro-batches, all of one length T: the pipeline
-    schedule sends one shape. sequence_ids are p * G + g, in every layout. Advantages are 0 until `with_advantages`:
+    schedule sends one shape. sequence_ids are p * G + g, in every layout. Advantages are 0 until `with_sample_values`:
     rewards may still be on their way.
     """
     if len(groups) % prompts_per_update:
@@ -77,17 +77,20 @@ def pack(
     ]
 
 
-def with_advantages(updates: Sequence[Sequence[MicroBatch]], advantages: Tensor) -> list[list[MicroBatch]]:
-    """The micro-batches of `pack` with each sample's advantage at its response tokens.
+def with_sample_values(updates: Sequence[Sequence[MicroBatch]], **values: Tensor) -> list[list[MicroBatch]]:
+    """The micro-batches of `pack` with a value of each sample at its response tokens, such as advantages=.
 
-    advantages: [P, G], row i of the i-th group given to `pack`.
+    values: [P, G] for fields of MicroBatch, row i of the i-th group given to `pack`.
     """
-    flat = advantages.float().reshape(-1)  # by sequence id
+    flat = {name: value.float().reshape(-1) for name, value in values.items()}  # by sequence id
 
     def fill(batch: MicroBatch) -> MicroBatch:
         # Padding has sequence id -1 and takes the last entry, which the mask drops.
-        values = flat.to(batch.tokens.device)[batch.sequence_ids]
-        return replace(batch, advantages=values.masked_fill(~batch.response_mask, 0.0))
+        filled = {
+            name: value.to(batch.tokens.device)[batch.sequence_ids].masked_fill(~batch.response_mask, 0.0)
+            for name, value in flat.items()
+        }
+        return replace(batch, **filled)
 
     return [[fill(batch) for batch in update] for update in updates]
 
@@ -115,9 +118,13 @@ def _pack_update(sequences: Sequence[_Sequence], layout: PackLayout) -> list[Mic
     plan = _plan(lengths, ranks=layout.data_parallel_size, budget=layout.micro_batch_tokens)
     longest = max(sum(lengths[i] for i in chosen) for bins in plan for chosen in bins)
     size = layout.context_parallel_size
+    update_lengths = torch.tensor([len(sequence.response_ids) for sequence in sequences])
     total = _round_up(max(1, longest), math.lcm(size * layout.multiple, sequence_multiple(size)))
     return [
-        _micro_batch([sequences[i] for i in chosen], [lengths[i] for i in chosen], total, layout)
+        replace(
+            _micro_batch([sequences[i] for i in chosen], [lengths[i] for i in chosen], total, layout),
+            update_lengths=update_lengths,
+        )
         for chosen in plan[layout.data_parallel_rank]
     ]
 
@@ -202,6 +209,7 @@ def _micro_batch(
         response_mask=response_mask[mine],
         response_starts=response_starts[mine],
         response_lengths=response_lengths[mine],
+        update_lengths=torch.empty(0, dtype=torch.int64),  # of the update, which its caller knows
         advantages=torch.zeros(len(mine)),
         rollout_logprobs=logprobs[mine],
     )

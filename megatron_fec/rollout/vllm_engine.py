@@ -153,8 +153,8 @@ class VllmEngine:
             n=sampling.group_size,  # sample j of a group gets seed + j
             seed=seed if self._seed_per_request else None,
             temperature=sampling.temperature,
-            top_p=1.0,
-            top_k=-1,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,  # 0 is off there too
             max_tokens=sampling.max_response_tokens,
             logprobs=0,  # of the sampled token
             flat_logprobs=True,

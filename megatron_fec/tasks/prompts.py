@@ -85,18 +85,23 @@ def load_prompts(
     prompt_style: str,
     max_prompt_tokens: int,
     setting: str = "data.train",
+    answer_after: str | None = None,
 ) -> PromptSet:
     """All prompts of a source, rendered and tokenized, without those that are too long.
 
-    source: a .jsonl or .parquet file, a hub name (its "train" split), "embedded:countdown",
-    or "reasoning_gym:NAME[:SIZE]"; the last two take a final ":validation" for rows that training never sees.
-    setting: the name of `source` in error messages.
+    source: a .jsonl or .parquet file, a hub name or folder with [:[CONFIG:]SPLIT] ("train" without it),
+    "embedded:countdown", or "reasoning_gym:NAME[:SIZE]"; the last two take a final ":validation" for rows that
+    training never sees.
+    setting: the name of `source` in error messages; the other settings of its section are named alike.
+    answer_after: the answer is what follows the last of these in the answer column, as "####" in GSM8K.
     """
     try:
         rows = _read_rows(source)
         if source.startswith(("embedded:", "reasoning_gym:")):
-            prompt_column, answer_column = "prompt", "reward_model.ground_truth"
-        tasks = [_task(row, f"row {i}", prompt_column, answer_column) for i, row in enumerate(rows)]
+            prompt_column, answer_column, answer_after = "prompt", "reward_model.ground_truth", None
+        tasks = [
+            _task(row, f"row {i}", prompt_column, answer_column, answer_after) for i, row in enumerate(rows)
+        ]
         if not tasks:
             raise _SourceError("holds no rows. Name a source with at least one prompt.")
         texts = [PROMPT_STYLES[prompt_style](task.messages, tokenizer) for task in tasks]
@@ -111,7 +116,9 @@ def load_prompts(
                 f"The shortest of its {len(tasks)} has {shortest}: raise the limit to at least that."
             )
     except _SourceError as error:
-        raise ConfigError(f"{setting}={source} {error}") from error
+        section = setting.rpartition(".")[0]
+        remedy = re.sub(r"\bdata(?=\.(prompt|answer)_)", section, str(error))
+        raise ConfigError(f"{setting}={source} {remedy}") from error
     prompts = tuple(
         Prompt(
             prompt_id=prompt_id,
@@ -181,7 +188,7 @@ class _Task:
     extra: str
 
 
-def _task(row: Row, place: str, prompt_column: str, answer_column: str) -> _Task:
+def _task(row: Row, place: str, prompt_column: str, answer_column: str, answer_after: str | None) -> _Task:
     """A checked row; place names it in errors."""
     prompt = _column(row, prompt_column, "data.prompt_column", place)
     answer = _column(row, answer_column, "data.answer_column", place)
@@ -195,7 +202,7 @@ def _task(row: Row, place: str, prompt_column: str, answer_column: str) -> _Task
         raise _SourceError(f"has an unknown extra_info.verifier {verifier!r} in {place}. {remedy}")
     return _Task(
         messages=_messages(prompt, prompt_column, place),
-        answer=_answer(answer, answer_column, place),
+        answer=_answer(answer, answer_column, place, answer_after),
         verifier=verifier,
         extra="" if verifier == "math" else to_json(extra),
     )
@@ -232,7 +239,18 @@ def _messages(prompt: Any, column: str, place: str) -> Messages:
     return [dict(m) for m in messages]
 
 
-def _answer(answer: object, column: str, place: str) -> str:
+def _answer(answer: object, column: str, place: str, after: str | None) -> str:
+    """A text or number as text; a list of one entry is that entry, as in OlympiadBench."""
+    if isinstance(answer, list) and len(answer) == 1:
+        (answer,) = answer
+    if after and isinstance(answer, str):
+        _, found, rest = answer.rpartition(after)
+        if not found or not rest.strip():
+            raise _SourceError(
+                f"has in {place} a {column} with nothing after {after!r}: {_shown(answer)}. "
+                "Set data.answer_after to what stands before the answer, or to null."
+            )
+        return rest.strip()
     is_number = isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer)
     if is_number or (isinstance(answer, str) and answer.strip()):
         return str(answer)
@@ -258,11 +276,13 @@ def _read_rows(source: str) -> Iterable[Row]:
         return _read_reasoning_gym(source.split(":")[1:])
     if path.suffix in (".jsonl", ".parquet") or path.suffix in OTHER_DATA_FILES or path.is_file():
         return _read_file(path)
-    if not path.is_dir() and HUB_NAME.fullmatch(source) is None:
+    name, *parts = source.split(":")
+    if not (Path(name).is_dir() or HUB_NAME.fullmatch(name)) or len(parts) > 2 or not all(parts):
         raise _SourceError(
-            "does not exist. Use a .jsonl or .parquet file, a hub name, or embedded:countdown."
+            "does not exist. Use a .jsonl or .parquet file, a hub name, or embedded:countdown; a split of a hub name "
+            "is NAME:SPLIT, or NAME:CONFIG:SPLIT."
         )
-    return _read_datasets(source)
+    return _read_datasets(name, *parts)
 
 
 def _read_file(path: Path) -> Iterable[Row]:
@@ -302,10 +322,11 @@ def _read_parquet(path: Path) -> list[Row]:
         raise _SourceError(f"is not a readable parquet file: {error}. Write it again.") from error
 
 
-def _read_datasets(name: str) -> Iterable[Any]:
-    """A hub data set, or a local folder in one of the layouts that `datasets` knows."""
+def _read_datasets(name: str, *parts: str) -> Iterable[Any]:
+    """A hub data set, or a local folder in one of the layouts that `datasets` knows; parts: [config,] split."""
+    config, split = (None, *(parts or ("train",)))[-2:]
     try:
-        return datasets.load_dataset(name, split="train")
+        return datasets.load_dataset(name, config, split=split)
     except (OSError, ValueError, DatasetsError) as error:
         raise _SourceError(
             f"could not be loaded as a file, folder or hub data set: {error}. "

@@ -1,0 +1,14 @@
+"""What torchrun and srun start on every rank: torchrun ... launch/evaluate.py --config FILE key=value ..."""
+
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    if "FEC_NODE_ENV" not in os.environ:  # started by hand: take the launchers' environment, then start over
+        node_env = Path(__file__).resolve().with_name("node_env.sh")
+        os.execvp("bash", ["bash", "-c", '. "$0" && exec "$@"', str(node_env), sys.executable, *sys.argv])
+
+    from megatron_fec.launcher import evaluate_main
+
+    evaluate_main()
