@@ -8,7 +8,7 @@ SHELL := bash
 # PYTHON=/path/to/python3.12 overrides the search, PYTHON312 the one of test-mcore19.
 PYTHON ?= $(call first_of,3.11 3.12,python3.11 python3.12 python3)
 PYTHON312 ?= $(call first_of,3.12,python3.12 python3 $(wildcard $(shell pyenv root 2>/dev/null)/versions/3.12.*/bin/python3.12))
-SCHEDULE ?= id# of make quickstart: grpo, dynamic_upper, dynamic_lower, id, did, od
+SCHEDULE ?= id# of make quickstart: grpo, dynamic_upper, dynamic_lower, id, did, od, target
 
 # The first of the interpreters $(2) that starts and has one of the versions $(1). A version manager may leave commands
 # on the PATH that do not start, so each one is tried.

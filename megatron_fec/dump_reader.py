@@ -145,6 +145,10 @@ def dump_folders(path: Path) -> list[Path]:
     return folders
 
 
+class UnreadableStepError(ConfigError):
+    """A step folder without one readable file."""
+
+
 def read_dump(folder: Path, *, skip_corrupt: bool = False) -> Dump:
     """The updates of one step folder.
 
@@ -189,7 +193,7 @@ def _read_parts(folder: Path) -> tuple[DumpSettings, dict[str, pa.Table], list[s
             unreadable[path.name] = f"not readable ({str(error).splitlines()[0]})"
     if not tables:
         faults = [f"{name}: {fault}" for name, fault in unreadable.items()]
-        raise ConfigError(f"{folder} has no readable part: {some_of(faults)}. Dump the step again.")
+        raise UnreadableStepError(f"{folder} has no readable part: {some_of(faults)}. Dump the step again.")
     settings = found[next(iter(tables))]
     names = [f"rank_{part}.parquet" for part in range(settings.parts)]
     readable = {name: tables[name] for name in names if name in tables}

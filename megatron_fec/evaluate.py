@@ -43,7 +43,8 @@ def estimate(values: Sequence[float]) -> Estimate:
     """
     mean, count = fmean(values), len(values)
     spread = variance(values, mean) if count > 1 else 0.0
-    answers = count * mean * (1 - mean) / spread if spread > 0 else count
+    # A mean that is rounded to 1 may have a spread above 0.
+    answers = count * mean * (1 - mean) / spread if spread > 0 and 0 < mean < 1 else count
     shrink = 1 + Z_95**2 / answers
     centre = (mean + Z_95**2 / (2 * answers)) / shrink
     half = Z_95 / shrink * math.sqrt(mean * (1 - mean) / answers + (Z_95 / (2 * answers)) ** 2)

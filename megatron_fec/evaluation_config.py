@@ -20,8 +20,8 @@ from megatron_fec.config import (
     ConfigError,
     ModelConfig,
     file_layers,
-    override_layer,
     known_keys,
+    override_layer,
 )
 from megatron_fec.evaluate import powers_of_two
 

@@ -48,11 +48,12 @@ def train(config: Config) -> None:
         wandb_mode=config.trainer.wandb,
         config_text=OmegaConf.to_yaml(OmegaConf.structured(config)),
     )
-    if dist.get_rank() == 0:
-        save_config(config, run_dir / "config.yaml")
     log.note(_headline(config, inputs, layout))
     trainer = _build_trainer(config, inputs, layout, log)
     try:
+        _resume(trainer, inputs)
+        if dist.get_rank() == 0:  # not before: a refused resume leaves the run's own
+            save_config(config, run_dir / "config.yaml")
         trainer.fit()
         export_hf(trainer.policy, inputs.model_dir, run_dir / "hf")
     finally:
@@ -70,7 +71,7 @@ def _build_trainer(config: Config, inputs: Inputs, layout: ParallelLayout, log: 
         inputs = replace(inputs, model_dir=_warm_started(config, inputs, layout, log))
     policy = _policy(config, inputs, config.optimizer, layout, total_steps=config.trainer.max_steps)
     state = TrainerState(step=0, consumed_samples=0, weight_version=0, schedule={})
-    trainer = Trainer(
+    return Trainer(
         config=config,
         policy=policy,
         collector=Collector(
@@ -90,11 +91,14 @@ def _build_trainer(config: Config, inputs: Inputs, layout: ParallelLayout, log: 
         # Before a checkpoint is loaded: the policy still has the weights of model.path, or of the warm start.
         reference=ReferencePolicy(policy) if needs_reference(config.algorithm) else None,
     )
+
+
+def _resume(trainer: Trainer, inputs: Inputs) -> None:
+    """From the newest checkpoint, if there is one."""
     if inputs.checkpoint is not None and inputs.state is not None:
         trainer.load_state_dict(inputs.checkpoint, inputs.state)
-        log.note(f"resumed from {inputs.checkpoint}")
-    log.truncate_to(trainer.state.step)
-    return trainer
+        trainer.log.note(f"resumed from {inputs.checkpoint}")
+    trainer.log.truncate_to(trainer.state.step)
 
 
 def _policy(

@@ -27,10 +27,10 @@ from megatron_fec.algorithm.losses import ADDITIONS, MARKS, POLICY_LOSSES, READS
 from megatron_fec.algorithm.options import Inside, check_options, choose, defaults_of, options_of
 from megatron_fec.algorithm.regions import region_masks
 from megatron_fec.algorithm.schedules import STATIC_WEIGHTS
-from megatron_fec.algorithm.strategies import build_policy_loss, marks_of
+from megatron_fec.algorithm.strategies import build_policy_loss, check_additions, marks_of
 from megatron_fec.algorithm.thresholds import ThresholdLines
 from megatron_fec.config import ConfigError
-from megatron_fec.dump_reader import DumpedUpdate, DumpSettings, dump_folders, read_dump
+from megatron_fec.dump_reader import DumpedUpdate, DumpSettings, UnreadableStepError, dump_folders, read_dump
 from megatron_fec.metrics import MetricSums
 from megatron_fec.types import BlendWeights, LossInputs
 
@@ -144,7 +144,13 @@ def run_replay(path: Path, texts: Sequence[str], *, skip_corrupt: bool = False) 
     faults: list[str] = []
     tokens = 0
     for folder in dump_folders(path):
-        dump = read_dump(folder, skip_corrupt=skip_corrupt)
+        try:
+            dump = read_dump(folder, skip_corrupt=skip_corrupt)
+        except UnreadableStepError as error:
+            if not skip_corrupt:
+                raise
+            faults.append(str(error))
+            continue
         if not results:
             results = [Result(strategy=strategy) for strategy in default_strategies(dump.settings)]
         settings.append(dump.settings)
@@ -245,6 +251,7 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 def _functions(name: str) -> dict[str, Callable[..., Any]]:
     """The strategies that `name` puts together, by their names."""
+    check_additions(name)
     base, *added = name.split("+")
     functions = {base: choose(POLICY_LOSSES, base, key="policy_loss")}
     if base in MARKS:

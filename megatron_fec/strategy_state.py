@@ -28,6 +28,8 @@ class StrategyState:
         self._advantages = build_advantage(name, options)
         self._adaptive = adaptive_entropy(algorithm)
         self._history = RewardHistory() if needs_history(name) else None
+        # What a resumed run must share, beside the state itself.
+        self._names = {key: getattr(algorithm, key) for key in ("policy_loss", "advantage", "aggregation")}
         self._entropy: float | None = None  # of the step before
         self._entropy_change: float | None = None
 
@@ -57,15 +59,22 @@ class StrategyState:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold, as JSON types."""
         parts = {"adaptive_entropy": self._adaptive, "reward_history": self._history}
-        return {"entropy": self._entropy} | {k: p.state_dict() for k, p in parts.items() if p is not None}
+        return {"names": self._names, "entropy": self._entropy} | {
+            k: p.state_dict() for k, p in parts.items() if p is not None
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state.keys() != self.state_dict().keys():
+        if not state:
             raise ConfigError(
-                f"the checkpoint's strategy state has keys {sorted(state)}, and this configuration needs "
-                f"{sorted(self.state_dict())}: it was saved under another algorithm.policy_loss or algorithm.advantage. "
-                "Resume with those, or use another trainer.run_dir."
+                "the checkpoint holds no state of its strategies: an older release wrote it. Convert it with "
+                "megatron-fec convert, and start a new trainer.run_dir from the result."
             )
+        for key, value in self._names.items():
+            if state["names"][key] != value:
+                raise ConfigError(
+                    f"algorithm.{key}={value}, but the checkpoint was saved under {state['names'][key]}. Set it to that, "
+                    "or use another trainer.run_dir."
+                )
         self._entropy = state["entropy"]
         if self._adaptive is not None:
             self._adaptive.load_state_dict(state["adaptive_entropy"])

@@ -9,24 +9,15 @@ from torch.distributed import ProcessGroup
 
 from megatron_fec.algorithm.entropy_change import entropy_change_metrics, token_gradients
 from megatron_fec.algorithm.losses import MARKS
-from megatron_fec.algorithm.strategies import build_policy_loss
-from megatron_fec.algorithm.thresholds import ThresholdLines, clip_bounds
-from megatron_fec.config import AlgorithmConfig, ThresholdsConfig
+from megatron_fec.algorithm.strategies import build_policy_loss, marks_of
+from megatron_fec.algorithm.thresholds import clip_bounds, threshold_lines
+from megatron_fec.config import AlgorithmConfig
 from megatron_fec.metrics import MetricSums
 from megatron_fec.policy.step import TokenLoss
 from megatron_fec.seeds import derive_seed
 from megatron_fec.types import BlendWeights, LossInputs, LossOutput, MicroBatch, TokenStats
 
 Observer = Callable[..., None]  # (*, micro_batch, stats)
-
-
-def threshold_lines(settings: ThresholdsConfig) -> ThresholdLines:
-    """The two lines as the configuration has them."""
-    return ThresholdLines(
-        eps_std=settings.eps_std,
-        upper=(settings.upper[0], settings.upper[1]),
-        lower=(settings.lower[0], settings.lower[1]),
-    )
 
 
 def policy_token_loss(
@@ -45,7 +36,8 @@ def policy_token_loss(
     lines = threshold_lines(algorithm.thresholds)
     policy_loss = build_policy_loss(algorithm.policy_loss, algorithm.options)
     # Other losses draw nothing inside a micro-batch, and the seed would wait for the GPU.
-    draws = algorithm.policy_loss.split("+")[0] in MARKS
+    name, options = algorithm.policy_loss, algorithm.options
+    draws = name.split("+")[0] in MARKS and marks_of(name, options) is None
 
     def token_loss(stats: TokenStats, micro_batch: MicroBatch) -> LossOutput:
         assert micro_batch.old_logprobs is not None

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron_fec.algorithm.entropy_change import derived
 from megatron_fec.algorithm.schedules import Schedule
 from megatron_fec.algorithm.strategies import marks_of
+from megatron_fec.algorithm.thresholds import threshold_lines
 from megatron_fec.collection import Collector
 from megatron_fec.config import Config, ConfigError
 from megatron_fec.evaluate import evaluation_metrics
@@ -34,7 +35,7 @@ from megatron_fec.run_log import TOKENS_PER_SECOND, RunLog, Timers
 from megatron_fec.seeds import derive_seed
 from megatron_fec.strategy_state import StrategyState
 from megatron_fec.tasks.prompts import PromptOrder
-from megatron_fec.token_loss import Observer, policy_token_loss, threshold_lines
+from megatron_fec.token_loss import Observer, policy_token_loss
 from megatron_fec.types import LOG_RATIO_CLAMP, BlendWeights, MicroBatch, Prompt
 
 KERNEL_NOISE = (

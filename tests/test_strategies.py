@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_fec.algorithm.advantages import ADVANTAGES
 from megatron_fec.algorithm.losses import ADDITIONS, MARKS, POLICY_LOSSES
 from megatron_fec.algorithm.schedules import SCHEDULES
 from megatron_fec.algorithm.strategies import build_policy_loss, marks_of, needs_reference
@@ -69,6 +70,36 @@ def minimal(tmp_path: Path) -> Path:
             r"schedule\.name=id with algorithm\.policy_loss=sapo does nothing: that loss has no clip range",
         ),
         (
+            ["algorithm.policy_loss=gspo", "algorithm.schedule.name=dynamic_upper"],
+            r"schedule\.name=dynamic_upper with algorithm\.policy_loss=gspo does nothing",
+        ),
+        (
+            ["algorithm.schedule.name=grpo", "algorithm.thresholds.upper=[0,0.28]"],
+            r"thresholds\.upper=\[0\.0, 0\.28\] does nothing with algorithm\.schedule\.name=grpo",
+        ),
+        (
+            [
+                "algorithm.policy_loss=cispo",
+                "algorithm.schedule.name=grpo",
+                "algorithm.thresholds.eps_std=0.3",
+            ],
+            r"thresholds\.eps_std=0\.3 does nothing with .*policy_loss=cispo",
+        ),
+        (["algorithm.policy_loss=clip+kl+kl"], r"clip\+kl\+kl adds kl to what has its effect already"),
+        (
+            ["algorithm.policy_loss=clip+truncated_importance+masked_importance"],
+            r"adds truncated_importance .* one of masked_importance, truncated_importance",
+        ),
+        (["algorithm.advantage=grpo+overlong", "algorithm.options.overlong_buffer=22"], r"less than .*=22"),
+        (
+            [
+                "algorithm.policy_loss=kl_cov",
+                "algorithm.schedule.name=grpo",
+                "algorithm.prompts_per_update=12",
+            ],
+            r"policy_loss=kl_cov with one update per rollout does nothing",
+        ),
+        (
             [
                 "algorithm.policy_loss=clip_cov",
                 "algorithm.options.stat_scope=micro",
@@ -91,6 +122,8 @@ def test_every_strategy_loads_with_its_defaults(minimal: Path):
         load_config(minimal, [*static, f"algorithm.policy_loss={loss}", *needed])
     for addition in ADDITIONS:
         load_config(minimal, [*static, f"algorithm.policy_loss=clip+{addition}"])
+    for advantage in ADVANTAGES:
+        load_config(minimal, [*static, f"algorithm.advantage={advantage}"])
     target = ["algorithm.schedule.options.target_shape=cosine", "algorithm.schedule.options.target_end=0.5"]
     for schedule in SCHEDULES:
         load_config(
@@ -110,6 +143,21 @@ def test_another_choice_drops_what_a_lower_layer_set_for_the_first(minimal: Path
     assert changed.options == {} and changed.schedule.options == {}
     kept = load_config(upper, ["algorithm.policy_loss=ce_gppo"]).algorithm
     assert kept.schedule.options == {"h_min": 0.1}
+    assert kept.options == {}  # ce_gppo has a dual_clip too, with a default of its own
+    assert load_config(upper, ["algorithm.policy_loss=clip+kl"]).algorithm.options == {"dual_clip": 3.0}
+    upper.write_text(
+        "base: minimal.yaml\nalgorithm: {thresholds: {upper: [-0.5, 0.8], lower: [-0.2, 0.4]}}\n"
+    )
+    assert load_config(upper).algorithm.thresholds.upper == [-0.5, 0.8]
+    assert load_config(upper, ["algorithm.schedule.name=grpo"]).algorithm.thresholds.upper == [-0.25, 0.5]
+    lower = load_config(upper, ["algorithm.schedule.name=dynamic_lower"]).algorithm.thresholds
+    assert (lower.upper, lower.lower) == ([-0.25, 0.5], [-0.2, 0.4])
+    upper.write_text("base: minimal.yaml\nalgorithm: {options: {dual_cilp: 3.0}}\n")
+    with pytest.raises(
+        ConfigError, match="dual_cilp is not read"
+    ):  # a typo is not what another choice left behind
+        load_config(upper, ["algorithm.schedule.name=od"])
+    upper.write_text("base: minimal.yaml\nalgorithm: {options: {dual_clip: 3.0}, schedule: {name: od}}\n")
     saved = tmp_path / "saved.yaml"
     config = load_config(
         upper, ["algorithm.policy_loss=clip+entropy_bonus", "algorithm.options.entropy_coef=0.01"]

@@ -74,4 +74,6 @@ def test_state_of_another_strategy_is_refused(whole: Path, tmp_path: Path):
     shutil.copytree(whole, again)
     code, text = outcome(again, SETTINGS | {"algorithm.advantage": "grpo+overlong", "trainer.max_steps": 5})
     assert code == 2
-    assert "it was saved under another algorithm.policy_loss or algorithm.advantage" in text
+    assert "algorithm.advantage=grpo+overlong, but the checkpoint was saved under dcpo+overlong" in text
+    assert "Traceback" not in text
+    assert "advantage: dcpo+overlong" in (again / "config.yaml").read_text()

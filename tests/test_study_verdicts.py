@@ -7,6 +7,7 @@ import math
 import pytest
 
 from megatron_fec.study.experiments import EXPERIMENTS, FIG12, reference_curve
+from megatron_fec.study.plots import COLOURS, DRAW
 from megatron_fec.study.quantities import (
     CLIP_FRACTION,
     ENTROPY,
@@ -166,4 +167,5 @@ def test_every_claim_uses_runs_that_its_experiment_plans() -> None:
         for panel in experiment.panels:
             for bed in panel.beds:
                 assert set(panel.variants) <= set(experiment.runs[bed]), (name, panel.title)
+            assert panel.kind in DRAW and (panel.kind == "regions" or set(panel.variants) <= set(COLOURS))
         assert len({(claim.text, claim.beds) for claim in experiment.claims}) == len(experiment.claims)

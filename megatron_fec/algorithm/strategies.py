@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,11 +23,14 @@ from megatron_fec.algorithm.losses import ADDITIONS, AGGREGATIONS, MARKS, POLICY
 from megatron_fec.algorithm.options import check_options, choose, defaults_of, options_of
 from megatron_fec.algorithm.reward_shaping import REWARD_SHAPING
 from megatron_fec.algorithm.schedules import SCHEDULES, STATIC_WEIGHTS, build_schedule
-from megatron_fec.config import AlgorithmConfig, ConfigError, ScheduleConfig
-from megatron_fec.types import LossInputs, LossOutput, UpdateTokens
+from megatron_fec.config import AlgorithmConfig, ConfigError, ScheduleConfig, ThresholdsConfig
+from megatron_fec.types import BlendWeights, LossInputs, LossOutput, UpdateTokens
 
 LOSS_KEY, ADVANTAGE_KEY = "algorithm.policy_loss", "algorithm.advantage"
+WITHOUT_LINES = ("grpo", "static")  # schedules that leave the clip range as it is
 ADAPTIVE = "adaptive_entropy_bonus"  # the addition whose coefficients the trainer computes at every step
+ONE_OF = frozenset({"truncated_importance", "masked_importance"})  # both correct the same mismatch
+MOVED_ONLY = frozenset({"kl_cov", "region"})
 REFERENCE = {
     "kl": "kl_coef",
     "archer": "archer_kl_coef",
@@ -115,7 +118,9 @@ def needs_reference(algorithm: AlgorithmConfig) -> bool:
     return False
 
 
-def check_strategies(algorithm: AlgorithmConfig, *, context_parallel: int, max_response_tokens: int) -> None:
+def check_strategies(
+    algorithm: AlgorithmConfig, *, context_parallel: int, max_response_tokens: int, updates_per_rollout: int
+) -> None:
     """Raises ConfigError for a strategy that does not exist, an option that none reads, or a schedule without effect."""
     choose(AGGREGATIONS, algorithm.aggregation, key="algorithm.aggregation")
     check_options(_chosen(algorithm), algorithm.options, key="algorithm.options")
@@ -125,11 +130,23 @@ def check_strategies(algorithm: AlgorithmConfig, *, context_parallel: int, max_r
     )
     shaped(torch.zeros(1, 2), torch.ones(1, 2))  # a shaping refuses lengths that contradict it
     base, name = algorithm.policy_loss.split("+")[0], algorithm.schedule.name
-    if base not in READS_BOUNDS and name not in STATIC_WEIGHTS:
+    if base not in READS_BOUNDS and name not in WITHOUT_LINES:
         raise ConfigError(
             f"algorithm.schedule.name={name} with algorithm.policy_loss={base} does nothing: that loss has no clip "
             f"range. Use algorithm.schedule.name=grpo, or one of {', '.join(sorted(READS_BOUNDS))}."
         )
+    if updates_per_rollout == 1 and base in MOVED_ONLY:
+        raise ConfigError(
+            f"algorithm.policy_loss={base} with one update per rollout does nothing: it acts on tokens whose ratio has "
+            "left 1. Lower algorithm.prompts_per_update or raise algorithm.epochs."
+        )
+    for field in sorted(unread_thresholds(algorithm)):
+        value, default = getattr(algorithm.thresholds, field), getattr(ThresholdsConfig(), field)
+        if value != default:
+            raise ConfigError(
+                f"algorithm.thresholds.{field}={value} does nothing with algorithm.schedule.name={name} and "
+                f"algorithm.policy_loss={base}. Leave it at {default}, or choose a schedule and a loss that read it."
+            )
     if context_parallel > 1 and base in MARKS and marks_of(base, algorithm.options) is None:
         raise ConfigError(
             f"algorithm.options.stat_scope=micro with policy.context_parallel={context_parallel}: a rank sees only a part "
@@ -137,43 +154,81 @@ def check_strategies(algorithm: AlgorithmConfig, *, context_parallel: int, max_r
         )
 
 
-def drop_unread(merged: Any, layer: DictConfig) -> None:
-    """Takes from a merged configuration what its strategies do not read, unless `layer` set it: that is a mistake."""
-    algorithm = OmegaConf.to_container(merged.algorithm)
-    assert isinstance(algorithm, dict)
-    algorithm["schedule"] = ScheduleConfig(**algorithm["schedule"])
-    options, schedule = _unread(AlgorithmConfig(**{str(name): value for name, value in algorithm.items()}))
-    own = merged.algorithm.schedule
-    for name in options:
-        if OmegaConf.select(layer, f"algorithm.options.{name}") is None:
-            merged.algorithm.options.pop(name)
-    for name in schedule:
-        if name not in own.options:
-            if OmegaConf.select(layer, f"algorithm.schedule.{name}") is None:
-                own[name] = getattr(ScheduleConfig, name)
-        elif OmegaConf.select(layer, f"algorithm.schedule.options.{name}") is None:
-            own.options.pop(name)
+def drop_unread(before: Any, merged: Any, layer: DictConfig) -> None:
+    """Takes from `merged` what it inherits and does not read, where `layer` has chosen other strategies than `before`.
 
-
-def _unread(algorithm: AlgorithmConfig) -> tuple[set[str], set[str]]:
-    """Options, and fields or options of the schedule, that the chosen strategies do not read; unknown names read all."""
+    Settings of a strategy that is no longer chosen go, also where the new one has a setting of that name: its own
+    default holds. What the layer sets itself stays; if nothing reads it, that is a mistake to be told.
+    """
+    old, new = _algorithm(before), _algorithm(merged)
+    own = merged.algorithm
     try:
-        read = {option for function in _chosen(algorithm).values() for option in defaults_of(function)}
+        left, kept = _chosen(old), _chosen(new)
     except ConfigError:
-        return set(), set()
-    if algorithm.schedule.name not in SCHEDULES:
-        return set(), set()
-    schedule = SCHEDULES[algorithm.schedule.name]
-    always = {"name", "total_steps", "options"}
-    schedule_fields = {item.name for item in fields(ScheduleConfig)} - always
-    unread_options = set(algorithm.schedule.options) - set(defaults_of(schedule))
-    return set(algorithm.options) - read, schedule_fields - schedule.READS | unread_options
+        return  # check_strategies says which name is wrong
+    staying = {name for part in left.keys() & kept.keys() for name in defaults_of(left[part])}
+    going = {name for part in left.keys() - kept.keys() for name in defaults_of(left[part])} - staying
+    _drop(own.options, going, layer, "algorithm.options")
+    names = old.schedule.name, new.schedule.name
+    if names[0] not in SCHEDULES or names[1] not in SCHEDULES:
+        return
+    before_reads, reads = (SCHEDULES[name].READS for name in names)
+    if names[0] != names[1]:
+        _drop(
+            own.schedule.options, set(defaults_of(SCHEDULES[names[0]])), layer, "algorithm.schedule.options"
+        )
+    _reset(own.schedule, set(before_reads - reads), layer, "algorithm.schedule")
+    _reset(own.thresholds, unread_thresholds(new) - unread_thresholds(old), layer, "algorithm.thresholds")
+
+
+def unread_thresholds(algorithm: AlgorithmConfig) -> set[str]:
+    """Fields of ThresholdsConfig that the chosen loss and schedule leave without effect."""
+    if algorithm.policy_loss.split("+")[0] not in READS_BOUNDS:
+        return {"eps_std", "upper", "lower"}
+    weights = STATIC_WEIGHTS.get(algorithm.schedule.name, BlendWeights(upper=1.0, lower=1.0))
+    return {name for name in ("upper", "lower") if getattr(weights, name) == 0}
+
+
+def check_additions(name: str) -> None:
+    """Each addition once, and one importance weight at most: a second one would count twice."""
+    parts = name.split("+")[1:]
+    twice = [part for part in parts if parts.count(part) > 1] + sorted(set(parts) & ONE_OF)[1:]
+    if twice:
+        raise ConfigError(
+            f"{name} adds {twice[0]} to what has its effect already. Name each addition once, and one of "
+            f"{', '.join(sorted(ONE_OF))}."
+        )
+
+
+def _algorithm(config: Any) -> AlgorithmConfig:
+    """The section of a configuration that may lack values still."""
+    values = OmegaConf.to_container(config.algorithm)
+    assert isinstance(values, dict)
+    values["schedule"] = ScheduleConfig(**values["schedule"])
+    return AlgorithmConfig(**{str(name): value for name, value in values.items()})
+
+
+def _drop(options: Any, names: set[str], layer: DictConfig, key: str) -> None:
+    for name in names & set(options):
+        if name not in (OmegaConf.select(layer, key) or ()):
+            options.pop(name)
+
+
+def _reset(section: Any, names: set[str], layer: DictConfig, key: str) -> None:
+    """Back to the defaults of the section's dataclass."""
+    kind = OmegaConf.get_type(section)
+    assert kind is not None
+    for name in names:
+        if name not in (OmegaConf.select(layer, key) or ()):
+            section[name] = getattr(kind(), name)
 
 
 def _chosen(algorithm: AlgorithmConfig) -> dict[str, Callable[..., Any]]:
     """Name -> function of each strategy whose settings are in algorithm.options."""
     loss, *additions = algorithm.policy_loss.split("+")
     advantage, *shaping = algorithm.advantage.split("+")
+    check_additions(algorithm.policy_loss)
+    check_additions(algorithm.advantage)
     functions = {loss: choose(POLICY_LOSSES, loss, key=LOSS_KEY)}
     if loss in MARKS:
         functions[f"{loss} (its choice of tokens)"] = MARKS[loss]

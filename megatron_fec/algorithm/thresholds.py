@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from megatron_fec.types import BlendWeights, ClipBounds
 
-__all__ = ["EPS_FLOOR", "BlendWeights", "ClipBounds", "ThresholdLines", "clip_bounds"]
+if TYPE_CHECKING:
+    from megatron_fec.config import ThresholdsConfig
+
+__all__ = ["EPS_FLOOR", "BlendWeights", "ClipBounds", "ThresholdLines", "clip_bounds", "threshold_lines"]
 
 EPS_FLOOR = (
     0.02  # under extrapolating weights; at a distance of 0 every token that moves would lose its gradient
@@ -22,6 +26,12 @@ class ThresholdLines:
     eps_std: float = 0.2
     upper: tuple[float, float] = (-0.25, 0.5)  # H(p)
     lower: tuple[float, float] = (-0.13, 0.3)  # M(p)
+
+
+def threshold_lines(settings: ThresholdsConfig) -> ThresholdLines:
+    """The lines as a configuration has them."""
+    (a, b), (c, d) = settings.upper, settings.lower
+    return ThresholdLines(eps_std=settings.eps_std, upper=(a, b), lower=(c, d))
 
 
 def clip_bounds(probs: Tensor, weights: BlendWeights, *, lines: ThresholdLines) -> ClipBounds:

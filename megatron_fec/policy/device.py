@@ -43,9 +43,12 @@ def local_rank() -> int:
 
 
 def release_cached_memory() -> None:
-    """Returns the memory of dead tensors to the driver, where another allocator, such as vLLM's, can have it."""
-    gc.collect()
+    """Returns the memory of dead tensors to the driver, where another allocator, such as vLLM's, can have it.
+
+    On CPU there is nothing to return, and looking for cycles would take a fifth of a small model's step.
+    """
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 

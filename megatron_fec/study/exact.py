@@ -10,9 +10,10 @@ from torch import Tensor
 
 from megatron_fec.algorithm.schedules import build_schedule
 from megatron_fec.algorithm.strategies import build_policy_loss
+from megatron_fec.algorithm.thresholds import threshold_lines
 from megatron_fec.config import AlgorithmConfig
 from megatron_fec.seeds import derive_seed
-from megatron_fec.study.tabular import lines_of, peaked_logits, token_inputs
+from megatron_fec.study.tabular import peaked_logits, token_inputs
 
 STATES, VOCABULARY = 64, 64
 SPREAD = 3.0  # standard deviation of the logits of an open state
@@ -47,7 +48,7 @@ def entropy_change(
     over all of them. The weights are the schedule's of step 0.
     """
     loss = build_policy_loss(algorithm.policy_loss, algorithm.options)
-    lines = lines_of(algorithm.thresholds)
+    lines = threshold_lines(algorithm.thresholds)
     before = _entropy(logits)
     weights = build_schedule(algorithm.schedule).weights(0, before.mean().item())
     num_states, vocabulary = logits.shape

@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from megatron_fec.report import COLOURS
 from megatron_fec.study.exact import FAMILIES
 from megatron_fec.study.experiments import FIG12, Experiment, Panel, reference_curve
 from megatron_fec.study.quantities import (
@@ -29,6 +28,30 @@ from megatron_fec.study.variants import BEDS
 
 COLUMNS = 3
 GREY = "#6b7280"
+COLOURS = {
+    "grpo": "#2563eb",
+    "clip_higher": "#dc2626",
+    "matched": "#9ca3af",
+    "dynamic_upper": "#be185d",
+    "dynamic_lower": "#4d7c0f",
+    "id": "#059669",
+    "did": "#d97706",
+    "did_printed": "#78350f",
+    "od": "#c4b5fd",
+    "od_0.6": "#7c3aed",
+    "static_id": "#6ee7b7",
+    "static_did": "#fcd34d",
+    "id_0.3": "#a7f3d0",
+    "id_0.4": "#34d399",
+    "id_0.6": "#064e3b",
+    "target": "#111827",
+    "target_hold": "#0891b2",
+    "only_E1": "#dc2626",
+    "only_E2": "#d97706",
+    "only_E3": "#059669",
+    "only_E4": "#7c3aed",
+}
+FAMILY_COLOURS = ("#2563eb", "#dc2626")
 SCALED = {ENTROPY: "entropy", CLIP_FRACTION: "clip_fraction"}  # metric: its name in fig12.json
 FamilyOfRuns = Mapping[str, Sequence[Curves]]  # variant -> its runs, one a seed
 
@@ -67,11 +90,11 @@ def _runs_of(panel: Panel, seeds: Mapping[int, Mapping[str, Curves]]) -> dict[st
 
 def _curves(axes: Axes, panel: Panel, runs: FamilyOfRuns) -> None:
     """The mean over seeds; the band reaches from the lowest seed to the highest."""
-    for number, (variant, seeds) in enumerate(runs.items()):
+    for variant, seeds in runs.items():
         points = [curves.points(panel.metric) for curves in seeds]
         steps = [share * seeds[0].total_steps for share, _ in points[0]]
         values = list(zip(*([value for _, value in seed] for seed in points), strict=True))
-        colour = COLOURS[number % len(COLOURS)]
+        colour = COLOURS[variant]
         axes.plot(steps, [sum(v) / len(v) for v in values], color=colour, linewidth=1.3, label=variant)
         if len(seeds) > 1:
             lowest, highest = [min(v) for v in values], [max(v) for v in values]
@@ -95,8 +118,8 @@ def _target(axes: Axes, panel: Panel, runs: FamilyOfRuns) -> None:
 
 def _shapes(axes: Axes, panel: Panel, runs: FamilyOfRuns) -> None:
     """Ours, smoothed and averaged over seeds, and the digitised curve; each over its own range."""
-    for number, (variant, seeds) in enumerate(runs.items()):
-        colour = COLOURS[number % len(COLOURS)]
+    for variant, seeds in runs.items():
+        colour = COLOURS[variant]
         shares = [share for share, _ in seeds[0].points(panel.metric)]
         smooth = [[smooth_near(curves.points(panel.metric), x, 0.02) for x in shares] for curves in seeds]
         ours = list(zip(shares, (sum(v) / len(v) for v in zip(*smooth, strict=True)), strict=True))
@@ -115,16 +138,14 @@ def _scaled(points: Points) -> tuple[list[float], list[float]]:
 
 def _pass_at_k(axes: Axes, panel: Panel, runs: FamilyOfRuns) -> None:
     """pass@k over k, at the evaluation nearest to half of the plan."""
-    for number, (variant, seeds) in enumerate(runs.items()):
+    for variant, seeds in runs.items():
         ks = seeds[0].keys(PASS_AT)
         middle = [
             [min(c.points(f"{PASS_AT}{k}"), key=lambda point: abs(point[0] - 0.5))[1] for c in seeds]
             for k in ks
         ]
         means = [sum(values) / len(values) for values in middle]
-        axes.plot(
-            ks, means, "o-", color=COLOURS[number % len(COLOURS)], linewidth=1.2, markersize=3, label=variant
-        )
+        axes.plot(ks, means, "o-", color=COLOURS[variant], linewidth=1.2, markersize=3, label=variant)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xlabel("k", fontsize=7)
@@ -133,8 +154,7 @@ def _pass_at_k(axes: Axes, panel: Panel, runs: FamilyOfRuns) -> None:
 def _regions(axes: Axes, panel: Panel, runs: FamilyOfRuns) -> None:
     """Entropy change of a region's variant less that of its base, in 1e-3 nats; a dot is a seed."""
     names = [name for name in runs if name.startswith(panel.metric)]
-    for shift, family in zip((-0.2, 0.2), FAMILIES, strict=True):
-        colour = COLOURS[shift > 0]
+    for shift, family, colour in zip((-0.2, 0.2), FAMILIES, FAMILY_COLOURS, strict=True):
         for place, name in enumerate(names):
             region = name.removeprefix(f"{panel.metric}_")
             closed = "closed_upper" if region < "E3" else "closed_lower"

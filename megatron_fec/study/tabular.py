@@ -14,8 +14,8 @@ from torch import Tensor
 
 from megatron_fec.algorithm.schedules import build_schedule
 from megatron_fec.algorithm.strategies import build_advantage, build_policy_loss
-from megatron_fec.algorithm.thresholds import ThresholdLines, clip_bounds
-from megatron_fec.config import AlgorithmConfig, ThresholdsConfig
+from megatron_fec.algorithm.thresholds import ThresholdLines, clip_bounds, threshold_lines
+from megatron_fec.config import AlgorithmConfig
 from megatron_fec.metrics import MetricSums
 from megatron_fec.run_log import Row
 from megatron_fec.seeds import derive_seed
@@ -136,12 +136,6 @@ def train_bandit(
     return [*rows, {"step": num_steps, **last}]
 
 
-def lines_of(settings: ThresholdsConfig) -> ThresholdLines:
-    """The two lines as the configuration has them."""
-    (a, b), (c, d) = settings.upper, settings.lower
-    return ThresholdLines(eps_std=settings.eps_std, upper=(a, b), lower=(c, d))
-
-
 def token_inputs(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: BlendWeights, lines: ThresholdLines
 ) -> LossInputs:
@@ -185,7 +179,7 @@ def _update(
     over all words would only rescale the learning rate.
     """
     loss = build_policy_loss(algorithm.policy_loss, algorithm.options)
-    lines = lines_of(algorithm.thresholds)
+    lines = threshold_lines(algorithm.thresholds)
     old_logprobs = logits.log_softmax(-1).gather(2, actions)
     per_word = advantages[:, None, :].expand(old_logprobs.shape)
     metrics: list[MetricSums] = []
