@@ -17,6 +17,7 @@ from yaml import YAMLError
 
 from megatron_fec.context_split import sequence_multiple
 from megatron_fec.errors import ConfigError as ConfigError
+from megatron_fec.security import refuse_secrets
 
 
 @dataclass(kw_only=True)
@@ -87,9 +88,8 @@ class RolloutConfig:
     tensor_parallel: int = 1
     prompts_per_step: int = MISSING
     group_size: int = 8
-    max_refills: int = (
-        0  # batches drawn in place of prompts whose rewards are all equal (dynamic sampling); 0 is off
-    )
+    # batches drawn in place of prompts whose rewards are all equal (dynamic sampling); 0 is off
+    max_refills: int = 0
     max_prompt_tokens: int = 1024  # longer prompts are filtered and counted
     max_response_tokens: int = 7168
     temperature: float = 1.0  # of sampling, and of every log-prob and entropy of the trainer
@@ -125,9 +125,8 @@ class TrainerConfig:
     keep_checkpoints: int = 2
     eval_every: int = 0  # steps; 0 is off
     eval_samples: int = 8  # responses per validation prompt
-    dump_every: int = (
-        0  # steps; the training tokens of such a step go to dumps/ for megatron-fec replay; 0 is off
-    )
+    # steps; the training tokens of such a step go to dumps/ for megatron-fec replay; 0 is off
+    dump_every: int = 0
     wandb: str = "off"  # off | offline | online
 
 
@@ -149,6 +148,7 @@ class Config:
 
     def validate(self) -> None:
         """Raises ConfigError naming setting, value, rule and remedy of the first broken rule."""
+        refuse_secrets(self)
         _check_choices(self)
         _check_ranges(self)
         _check_batch(self)

@@ -24,6 +24,7 @@ from megatron_fec.config import (
     override_layer,
 )
 from megatron_fec.evaluate import powers_of_two
+from megatron_fec.security import refuse_secrets
 
 FILE_NAME = re.compile(r"[\w-]+")
 
@@ -94,6 +95,7 @@ class EvaluationConfig:
 
     def validate(self) -> None:
         """Raises ConfigError naming setting, value, rule and remedy of the first broken rule."""
+        refuse_secrets(self)
         _check_choices(self)
         _check_ranges(self)
         _check_benchmarks(self)

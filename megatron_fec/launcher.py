@@ -64,6 +64,7 @@ def _free_port() -> int:
 
 def be_one_rank() -> None:
     """Defaults for a run outside torchrun, one thread a rank on CPU, and no chatter of libraries."""
+    os.umask(os.umask(0) | 0o002)  # a checkpoint that everyone may write would not be loaded (security.py)
     for name, value in {
         "RANK": "0",
         "WORLD_SIZE": "1",

@@ -179,7 +179,7 @@ def load_tokenizer(model: ModelConfig, model_dir: Path, hf_config: Any) -> Any:
             f"{where} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there. Copy the model's own."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
     except Exception as error:  # a broken file raises whatever its parser does
         raise ConfigError(
             f"{where} holds no readable tokenizer: {error!r} Copy the model's own again."

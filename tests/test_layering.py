@@ -17,6 +17,7 @@ FLOORS = {  # first part of the name below megatron_fec
     "errors": 0,
     "metrics": 0,
     "seeds": 0,
+    "security": 0,
     "context_split": 0,
     "algorithm": 0,
     "vocab_parallel": 1,
@@ -212,7 +213,8 @@ def test_another_trainer_needs_nothing_but_torch_for_the_loss():
 
 
 def test_verifier_processes_load_no_torch():
-    assert loaded_by(["megatron_fec.tasks.verifier"], ("torch", "vllm", "megatron", "transformers")) == set()
+    modules = ["megatron_fec.tasks.scorers", "megatron_fec.tasks.verifier_worker"]
+    assert loaded_by(modules, ("torch", "vllm", "megatron", "transformers")) == set()
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)

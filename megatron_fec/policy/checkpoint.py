@@ -1,7 +1,8 @@
 """Checkpoints: Megatron's distributed format for model and optimizer, JSON for the trainer, one file of RNGs a rank.
 
 A checkpoint is written under a temporary name and renamed when every rank has finished, so a folder named step_NNNNNN
-is whole. Megatron's part is read through pickle (.metadata): load only checkpoints that you trust.
+is whole. Megatron's part is read through pickle (.metadata), which can run any code: read_trainer_state, which comes
+before every load, refuses what another user can have written.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from megatron.core.parallel_state import get_data_parallel_group
 
 from megatron_fec.config import ConfigError
 from megatron_fec.policy.step import Policy, unwrapped
+from megatron_fec.security import check_checkpoint
 
 STEP_NAME = re.compile(r"step_(\d{6,})")
 STATE_FILE = "trainer_state.json"
@@ -62,6 +64,7 @@ def find_checkpoints(directory: Path) -> list[Path]:
 
 def read_trainer_state(checkpoint: Path, *, hf_config: Any, distributed_optimizer: bool) -> TrainerState:
     """The trainer's state, after checking that files are there and belong to this model; needs no process group."""
+    check_checkpoint(checkpoint)
     path = checkpoint / STATE_FILE
     if not path.is_file():
         raise _incomplete(checkpoint, [STATE_FILE])

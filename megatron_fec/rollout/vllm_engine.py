@@ -63,7 +63,7 @@ class VllmEngine:
         self._seed_per_request = seed_per_request
         self._version: int | None = None
         self._is_asleep = self._is_broken = False
-        hf_config = AutoConfig.from_pretrained(model_dir)
+        hf_config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
         self._is_tied = bool(hf_config.tie_word_embeddings)
         self._vocab_size = vocab_size
         with _global_state_kept():
