@@ -33,12 +33,16 @@ RUN = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """(folder, output) of a run that trains to its end."""
+    """(folder, output) of a run that trains to its end, started where new files are writable for everyone."""
     folder = tmp_path_factory.mktemp("planted") / "run"
+    umask = os.umask(0)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SECRETS.items():
             patch.setenv(name, value)
-        code, text = outcome(folder, RUN)
+        try:
+            code, text = outcome(folder, RUN)
+        finally:
+            os.umask(umask)
     assert code == 0, text
     return folder, text
 
@@ -63,6 +67,14 @@ def test_a_run_writes_no_secret(run: tuple[Path, str]) -> None:
     }
     assert (folder / "wandb").is_dir() == HAS_WANDB
     assert leaks(folder, text) == []
+
+
+def test_a_run_leaves_nothing_that_everyone_may_write(run: tuple[Path, str]) -> None:
+    folder, _ = run
+    modes = {path: path.stat().st_mode for path in [folder, *folder.rglob("*")] if not path.is_symlink()}
+    own = {path: mode for path, mode in modes.items() if "wandb" not in path.parts}
+    assert [path for path, mode in own.items() if mode & 0o002] == []
+    assert any(mode & 0o020 for mode in own.values())  # the group may, as the umask says
 
 
 def test_a_traceback_shows_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
