@@ -60,9 +60,7 @@ class ThresholdsConfig:
 class ScheduleConfig:
     name: str = MISSING  # key of algorithm.schedules.SCHEDULES
     total_steps: int = MISSING  # T of the formulas; may exceed trainer.max_steps, never the reverse
-    phase_ratio: float = 0.5  # id, did: the turn is at phase_ratio * T
-    lower_schedule: str | None = None  # id, did (required there): text | printed, two readings of phase II
-    options: dict[str, Any] = field(default_factory=dict)  # od, target: docs/strategies.md
+    options: dict[str, Any] = field(default_factory=dict)  # id, did, od, target: docs/strategies.md
 
 
 @dataclass(kw_only=True)

@@ -271,7 +271,7 @@ def clip_token_loss(
     aggregation: str = "token_mean",
 ) -> LossOutput:
     """The clipped surrogate with dynamic bounds, as the trainer builds it."""
-    schedule = ScheduleConfig(name="id", total_steps=1, lower_schedule="text")
+    schedule = ScheduleConfig(name="id", total_steps=1, options={"lower_schedule": "text"})
     algorithm = AlgorithmConfig(
         schedule=schedule, aggregation=aggregation, options={"dual_clip": DUAL_CLIP}, prompts_per_update=1
     )

@@ -29,7 +29,7 @@ from megatron_fec.tasks.arithmetic import VOCABULARY, countdown_rows
 SETTINGS = """
 model: {path: embedded}
 policy: {precision: fp32, distributed_optimizer: false}
-algorithm: {prompts_per_update: 4, schedule: {name: id, total_steps: 6, lower_schedule: text}}
+algorithm: {prompts_per_update: 4, schedule: {name: id, total_steps: 6, options: {lower_schedule: text}}}
 rollout: {engine: native, prompts_per_step: 12, group_size: 3, max_prompt_tokens: 10, max_response_tokens: 22}
 data: {train: embedded:countdown, prompt_style: plain}
 trainer: {max_steps: 5}
