@@ -24,7 +24,8 @@ from megatron_fec.config import Config, ConfigError
 from megatron_fec.evaluate import evaluation_metrics
 from megatron_fec.marks import mark_update
 from megatron_fec.metrics import MetricSums
-from megatron_fec.policy.checkpoint import TrainerState, load_checkpoint, save_checkpoint
+from megatron_fec.policy.checkpoint import TrainerState, load_checkpoint
+from megatron_fec.policy.checkpoint_save import Saver
 from megatron_fec.policy.device import device, release_cached_memory
 from megatron_fec.policy.reference import ReferencePolicy
 from megatron_fec.policy.step import Policy, TokenLoss, compute_logprobs, reduce_metrics, train_update
@@ -67,6 +68,7 @@ class Trainer:
     state: TrainerState
     reference: ReferencePolicy | None = None
     timers: Timers = field(default_factory=Timers)
+    saver: Saver = field(default_factory=Saver)
     engine_version: int | None = None  # of the weights in the engine
     is_first_update: bool = True  # of this process
 
@@ -87,6 +89,8 @@ class Trainer:
             self.log.write(step, metrics | self._timer_metrics(rollouts.metrics))
             if _is_due(settings.save_every, step + 1, last=settings.max_steps):
                 self.save()
+            self.note_saved(wait=False)
+        self.note_saved(wait=True)
 
     def generate_rollouts(self, step: int) -> Rollouts:
         """Samples and scores one batch of prompts; scoring overlaps with the log-prob pass."""
@@ -175,8 +179,8 @@ class Trainer:
         self.finish_inference()
         return {f"val_rollouts/{name}": value for name, value in evaluation_metrics(rewards).items()}
 
-    def save(self) -> Path:
-        """A checkpoint of everything that the next step depends on."""
+    def save(self) -> None:
+        """A checkpoint of everything that the next step depends on; note_saved tells when it is on disk."""
         self.prepare_for_training()
         settings = self.config.trainer
         name = self.config.algorithm.schedule.name
@@ -185,12 +189,19 @@ class Trainer:
             schedule={"name": name, **self.schedule.state_dict()},
             strategies=self.strategy_state.state_dict(),
         )
-        saved = save_checkpoint(
-            self.policy, Path(settings.run_dir) / "checkpoints", state, keep=settings.keep_checkpoints
+        self.saver.save(
+            self.policy,
+            Path(settings.run_dir) / "checkpoints",
+            state,
+            keep=settings.keep_checkpoints,
+            in_background=settings.async_save,
         )
-        self.log.note(f"saved {saved}")
         self.finish_training()
-        return saved
+
+    def note_saved(self, *, wait: bool) -> None:
+        """Tells of checkpoints that are on disk by now, and raises what went wrong with one in the background."""
+        for saved in self.saver.finished(wait=wait):
+            self.log.note(f"saved {saved}")
 
     def load_state_dict(self, checkpoint: Path, state: TrainerState) -> None:
         """Goes back to a checkpoint; the engine gets the weights before it samples."""
