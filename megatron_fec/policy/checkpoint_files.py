@@ -35,7 +35,14 @@ class CheckpointError(RuntimeError):
 
 def find_checkpoints(directory: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    found = [path for path in directory.glob("step_*") if STEP_NAME.fullmatch(path.name)]
+    try:
+        found = [path for path in directory.iterdir() if STEP_NAME.fullmatch(path.name)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:  # Path.glob would find nothing, and the run begin anew
+        raise ConfigError(
+            f"trainer.resume: {directory} cannot be read: {error.strerror}. Check its permissions."
+        ) from error
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
@@ -103,14 +110,14 @@ def read_manifest(checkpoint: Path) -> dict[str, str]:
     """The digest of each file by name. ValueError says what is wrong with the list."""
     path = checkpoint / MANIFEST
     with _reading(path):
-        lines = path.read_text(encoding="ascii", errors="replace").splitlines()
+        text = path.read_text(encoding="ascii", errors="replace")
     digests = {}
-    for line in lines:
+    for line in text.splitlines():
         match = MANIFEST_LINE.fullmatch(line)
         if match is None:
             raise ValueError(f"{MANIFEST} is not a list of checksums")
         digests[match[2]] = match[1]
-    if list(digests)[-1:] != [STATE_FILE]:
+    if list(digests)[-1:] != [STATE_FILE] or not text.endswith("\n"):
         raise ValueError(f"{MANIFEST} is cut off")
     return digests
 
