@@ -121,6 +121,7 @@ class TrainerConfig:
     resume: str = "auto"  # auto | never
     save_every: int = 0  # steps; 0 saves at the end only
     keep_checkpoints: int = 2
+    async_save: bool = False  # training goes on while a checkpoint is written; takes its size in host memory
     eval_every: int = 0  # steps; 0 is off
     eval_samples: int = 8  # responses per validation prompt
     dump_every: int = (

@@ -17,6 +17,7 @@ from megatron_fec.collection import Collector
 from megatron_fec.config import Config, OptimizerConfig, save_config
 from megatron_fec.engines import native_engine, vllm_engine
 from megatron_fec.policy.checkpoint import TrainerState
+from megatron_fec.policy.checkpoint_files import set_aside
 from megatron_fec.policy.device import device, release_cached_memory
 from megatron_fec.policy.parallel import ParallelLayout, initialize_parallel
 from megatron_fec.policy.reference import ReferencePolicy
@@ -115,9 +116,14 @@ def _build_trainer(
 
 
 def _resume(trainer: Trainer, inputs: Inputs) -> None:
-    """From the newest checkpoint, if there is one."""
+    """From the newest whole checkpoint, if there is one."""
     if inputs.checkpoint is not None and inputs.state is not None:
         trainer.load_state_dict(inputs.checkpoint, inputs.state)
+        set_aside(inputs.damaged)
+        for damaged, fault in inputs.damaged.items():
+            trainer.log.note(
+                f"warning: {damaged} is damaged, {fault}; it is called damaged_{damaged.name} now"
+            )
         trainer.log.note(f"resumed from {inputs.checkpoint}")
     # A row that was put off was never written, or will be written again.
     trainer.log.truncate_to(trainer.state.step - bool(trainer.state.unwritten))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -16,7 +15,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoTokenizer
 
 from megatron_fec.config import Config, ConfigError, ModelConfig
-from megatron_fec.policy.checkpoint import TrainerState, find_checkpoints, read_trainer_state
+from megatron_fec.policy.checkpoint import TrainerState, read_trainer_state
+from megatron_fec.policy.checkpoint_files import find_checkpoints, newest_whole
 from megatron_fec.policy.model import load_hf_config
 from megatron_fec.policy.parallel import check_model_sizes
 from megatron_fec.policy.tiny_model import save_tiny_model
@@ -39,8 +39,9 @@ class Inputs:
     tokenizer: Any
     train: PromptSet
     validation: PromptSet | None
-    checkpoint: Path | None  # to resume from
-    state: TrainerState | None  # of that checkpoint
+    checkpoint: Path | None = None  # to resume from
+    state: TrainerState | None = None  # of that checkpoint
+    damaged: dict[Path, str]  # newer checkpoints, and what is wrong with each
 
 
 def prepare_inputs(config: Config, *, data_parallel: int) -> Inputs:
@@ -48,7 +49,12 @@ def prepare_inputs(config: Config, *, data_parallel: int) -> Inputs:
     run_dir = Path(config.trainer.run_dir)
     on_all_ranks(lambda: _check_start(config, run_dir, data_parallel))
     model_dir = on_all_ranks(lambda: local_model(config.model, run_dir, seed=config.trainer.seed))
-    return on_all_ranks(lambda: _read_inputs(config, run_dir, model_dir))
+    inputs = on_all_ranks(lambda: _read_inputs(config, run_dir, model_dir))
+    checkpoint, damaged = newest_whole(run_dir / "checkpoints")
+    if checkpoint is None:
+        return inputs
+    state = on_all_ranks(lambda: _trainer_state(config, checkpoint, model_dir))
+    return replace(inputs, checkpoint=checkpoint, state=state, damaged=damaged)
 
 
 def on_all_ranks(work: Callable[[], Result]) -> Result:
@@ -80,7 +86,7 @@ def _read_inputs(config: Config, run_dir: Path, model_dir: Path) -> Inputs:
         check_heads(config.rollout.tensor_parallel, hf_config)
     check_length(config.rollout.max_prompt_tokens, config.rollout.max_response_tokens, hf_config)
     _check_disk(config, run_dir, model_dir)
-    checkpoint, state = _checkpoint(config, run_dir, hf_config)
+    _check_resume(config, run_dir)
     tokenizer = load_tokenizer(config.model, model_dir, hf_config)
     return Inputs(
         model_dir=model_dir,
@@ -89,8 +95,7 @@ def _read_inputs(config: Config, run_dir: Path, model_dir: Path) -> Inputs:
         validation=_prompts(config, "data.validation", config.data.validation, tokenizer)
         if config.data.validation
         else None,
-        checkpoint=checkpoint,
-        state=state,
+        damaged={},
     )
 
 
@@ -222,7 +227,9 @@ def _check_disk(config: Config, run_dir: Path, model_dir: Path) -> None:
         )
     parameters = weights / 2  # bf16 files; an fp32 file only makes the estimate safer
     needed = parameters * BYTES_PER_PARAMETER * (config.trainer.keep_checkpoints + 1) + 2 * weights
-    free = shutil.disk_usage(run_dir).free
+    checkpoints = run_dir / "checkpoints"  # of an earlier start, which new ones replace
+    held = sum(file.stat().st_size for file in checkpoints.rglob("*") if file.is_file())
+    free = shutil.disk_usage(run_dir).free + held
     if free < needed:
         raise ConfigError(
             f"trainer.run_dir={run_dir} has {free / 1e9:.1f} GB free, and {config.trainer.keep_checkpoints + 1} "
@@ -231,22 +238,21 @@ def _check_disk(config: Config, run_dir: Path, model_dir: Path) -> None:
         )
 
 
-def _checkpoint(config: Config, run_dir: Path, hf_config: Any) -> tuple[Path | None, TrainerState | None]:
+def _check_resume(config: Config, run_dir: Path) -> None:
     found = find_checkpoints(run_dir / "checkpoints")
-    if not found:
-        return None, None
-    if config.trainer.resume == "never":
+    if found and config.trainer.resume == "never":
         raise ConfigError(
             f"trainer.resume=never, but {run_dir / 'checkpoints'} holds {found[-1].name}. "
             "Use another trainer.run_dir, or move that folder away."
         )
-    newest = found[-1]
-    if not os.access(newest, os.R_OK):
-        raise ConfigError(f"trainer.resume: {newest} cannot be read. Check its permissions.")
-    state = read_trainer_state(
-        newest, hf_config=hf_config, distributed_optimizer=config.policy.distributed_optimizer
+
+
+def _trainer_state(config: Config, checkpoint: Path, model_dir: Path) -> TrainerState:
+    return read_trainer_state(
+        checkpoint,
+        hf_config=load_hf_config(str(model_dir)),
+        distributed_optimizer=config.policy.distributed_optimizer,
     )
-    return newest, state
 
 
 def _prompts(config: Config, setting: str, source: str, tokenizer: Any) -> PromptSet:

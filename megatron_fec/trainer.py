@@ -24,13 +24,8 @@ from megatron_fec.config import Config, ConfigError
 from megatron_fec.evaluate import evaluation_metrics
 from megatron_fec.marks import mark_update
 from megatron_fec.metrics import MetricSums
-from megatron_fec.policy.checkpoint import (
-    TrainerState,
-    load_checkpoint,
-    load_rng_state,
-    rng_state,
-    save_checkpoint,
-)
+from megatron_fec.policy.checkpoint import TrainerState, load_checkpoint, load_rng_state, rng_state
+from megatron_fec.policy.checkpoint_save import Saver
 from megatron_fec.policy.device import device, release_cached_memory
 from megatron_fec.policy.reference import ReferencePolicy
 from megatron_fec.policy.step import Policy, TokenLoss, compute_logprobs, reduce_metrics, train_update
@@ -75,6 +70,7 @@ class Trainer:
     stop: Stop
     reference: ReferencePolicy | None = None
     timers: Timers = field(default_factory=Timers)
+    saver: Saver = field(default_factory=Saver)
     engine_version: int | None = None  # of the weights in the engine
     is_first_update: bool = True  # of this process
     saved_step: int = 0  # of the newest checkpoint
@@ -101,6 +97,7 @@ class Trainer:
         except StopRequested as request:
             if self.state.step > self.saved_step:
                 self.save()
+            self.note_saved(wait=True)
             steps = f"{self.state.step} of {self.config.trainer.max_steps} steps"
             raise StopRequested(f"{request} after {steps}") from request
 
@@ -121,6 +118,7 @@ class Trainer:
         self.state = replace(self.state, unwritten={})
         if _is_due(settings.save_every, step, last=settings.max_steps):
             self.save()
+        self.note_saved(wait=step == settings.max_steps)
         self.stop.learn(self.timers.seconds())
 
     def generate_rollouts(self, step: int) -> Rollouts:
@@ -212,8 +210,8 @@ class Trainer:
         self.finish_inference()
         return {f"val_rollouts/{name}": value for name, value in evaluation_metrics(rewards).items()}
 
-    def save(self) -> Path:
-        """A checkpoint of everything that the next step depends on."""
+    def save(self) -> None:
+        """A checkpoint of everything that the next step depends on; note_saved tells when it is on disk."""
         self.prepare_for_training()
         settings = self.config.trainer
         name = self.config.algorithm.schedule.name
@@ -223,13 +221,20 @@ class Trainer:
             strategies=self.strategy_state.state_dict(),
         )
         with self.timers("save"):
-            saved = save_checkpoint(
-                self.policy, Path(settings.run_dir) / "checkpoints", state, keep=settings.keep_checkpoints
+            self.saver.save(
+                self.policy,
+                Path(settings.run_dir) / "checkpoints",
+                state,
+                keep=settings.keep_checkpoints,
+                in_background=settings.async_save,
             )
         self.saved_step = state.step
-        self.log.note(f"saved {saved}")
         self.finish_training()
-        return saved
+
+    def note_saved(self, *, wait: bool) -> None:
+        """Tells of checkpoints that are on disk by now, and raises what went wrong with one in the background."""
+        for saved in self.saver.finished(wait=wait):
+            self.log.note(f"saved {saved}")
 
     def load_state_dict(self, checkpoint: Path, state: TrainerState) -> None:
         """Goes back to a checkpoint; the engine gets the weights before it samples."""
