@@ -75,7 +75,7 @@ def on_all_ranks(work: Callable[[], Result]) -> Result:
 
 def _check_start(config: Config, run_dir: Path, data_parallel: int) -> None:
     _check_engine(config)
-    _check_batch(config, data_parallel)
+    check_batch(config, data_parallel)
     check_writable(run_dir, setting="trainer.run_dir")
 
 
@@ -115,14 +115,19 @@ def check_vllm(tensor_parallel: int) -> None:
             "rollout.engine=vllm needs vLLM, which is not installed. Install the extra rollout-cpu or gpu, "
             "or set rollout.engine=native."
         )
-    world = dist.get_world_size()
-    if world % tensor_parallel:
+    check_engines(tensor_parallel, world_size=dist.get_world_size())
+
+
+def check_engines(tensor_parallel: int, *, world_size: int) -> None:
+    """Engines of this size fill the world."""
+    if world_size % tensor_parallel:
         raise ConfigError(
-            f"rollout.tensor_parallel={tensor_parallel} must divide the {world} processes of this run."
+            f"rollout.tensor_parallel={tensor_parallel} must divide the {world_size} processes of this run."
         )
 
 
-def _check_batch(config: Config, data_parallel: int) -> None:
+def check_batch(config: Config, data_parallel: int) -> None:
+    """Every data-parallel rank gets a sequence, and a warm start has demonstrations."""
     sequences = config.algorithm.prompts_per_update * config.rollout.group_size
     if sequences < data_parallel:
         raise ConfigError(
