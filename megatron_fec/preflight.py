@@ -10,20 +10,21 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoTokenizer
 
 from megatron_fec.config import Config, ConfigError, ModelConfig
+from megatron_fec.hub import hub_model
 from megatron_fec.policy.checkpoint import TrainerState, read_trainer_state
 from megatron_fec.policy.checkpoint_files import find_checkpoints, newest_whole
 from megatron_fec.policy.model import load_hf_config
 from megatron_fec.policy.parallel import check_model_sizes
 from megatron_fec.policy.tiny_model import save_tiny_model
 from megatron_fec.rollout.engine import true_vocab_size, vllm_is_available
+from megatron_fec.rollout.engine_folder import FolderError, read_addresses, read_key
 from megatron_fec.tasks.arithmetic import VOCABULARY
 from megatron_fec.tasks.prompts import PromptSet, load_prompts
 
+ENGINES_DIR = "engines"  # in the run folder: where rollout servers leave their addresses
 EMBEDDED = "embedded"  # model.path of the small random model that is made on the spot
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them holds the vocabulary
 BYTES_PER_PARAMETER = 16  # of a checkpoint: fp32 master weight and two moments, and the weight itself
@@ -82,7 +83,7 @@ def _check_start(config: Config, run_dir: Path, data_parallel: int) -> None:
 def _read_inputs(config: Config, run_dir: Path, model_dir: Path) -> Inputs:
     hf_config = load_hf_config(str(model_dir))
     check_model_sizes(hf_config, config.policy)
-    if config.rollout.engine == "vllm":
+    if config.rollout.engine in ("vllm", "servers"):
         check_heads(config.rollout.tensor_parallel, hf_config)
     check_length(config.rollout.max_prompt_tokens, config.rollout.max_response_tokens, hf_config)
     _check_disk(config, run_dir, model_dir)
@@ -102,6 +103,8 @@ def _read_inputs(config: Config, run_dir: Path, model_dir: Path) -> Inputs:
 def _check_engine(config: Config) -> None:
     if config.rollout.engine == "vllm":
         check_vllm(config.rollout.tensor_parallel)
+    if config.rollout.engine == "servers":
+        check_servers(Path(config.trainer.run_dir) / ENGINES_DIR)
     if config.trainer.wandb != "off" and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             f"trainer.wandb={config.trainer.wandb} needs the wandb package. Install it or set trainer.wandb=off."
@@ -123,6 +126,19 @@ def check_engines(tensor_parallel: int, *, world_size: int) -> None:
     if world_size % tensor_parallel:
         raise ConfigError(
             f"rollout.tensor_parallel={tensor_parallel} must divide the {world_size} processes of this run."
+        )
+
+
+def check_servers(folder: Path) -> None:
+    """Rollout servers of this job have left their addresses."""
+    try:
+        found = read_addresses(folder, read_key(folder))
+    except FolderError as error:
+        raise ConfigError(f"rollout.engine=servers: {error}") from error
+    if not found:
+        raise ConfigError(
+            f"rollout.engine=servers: {folder} names no engine of this job's key. Start one with launch/serve.py, or "
+            "use slurm/rollout_and_train.sh, which starts them with the trainer."
         )
 
 
@@ -169,15 +185,7 @@ def local_model(model: ModelConfig, folder: Path, *, seed: int) -> Path:
         return target
     if Path(path).is_dir():
         return Path(path)
-    try:
-        return Path(
-            snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"])
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(
-            f"model.path={path} is neither a folder nor a hub name that can be fetched: {str(error).splitlines()[0]} "
-            "Give a folder with config.json and *.safetensors, or check the name and the network."
-        ) from error
+    return hub_model(path)
 
 
 def load_tokenizer(model: ModelConfig, model_dir: Path, hf_config: Any) -> Any:

@@ -129,6 +129,7 @@ class Trainer:
             collection = self.collector.collect(
                 self._draw, version=self.state.weight_version, seed=derive_seed(seed, "rollout", step)
             )
+        self._sample_ahead(step + 1, collection.drawn)
         self.finish_inference()
         self.stop.check("logprobs", "verify", "train", "save")
         groups = collection.groups
@@ -146,7 +147,7 @@ class Trainer:
         with self.timers("verify"):
             rewards, metrics = self.collector.rewards(collection)
         on_policy = sums.means()
-        self._check_rollouts(on_policy, step)
+        self._check_rollouts(on_policy, step, is_stale=metrics["lag"] > 0)
         values = self.strategy_state.sample_values(groups, rewards, on_policy["entropy"])
         metrics |= on_policy | self.strategy_state.metrics()
         return Rollouts(
@@ -253,7 +254,9 @@ class Trainer:
         self.engine_version = None
 
     def prepare_for_inference(self) -> None:
-        """Brings the current weights into the engine."""
+        """Brings the current weights into the engine, once it has finished what it samples ahead."""
+        with self.timers("generate"):
+            self.collector.finish_ahead()
         release_cached_memory()
         if self.engine_version != self.state.weight_version:
             with self.timers("refit"):
@@ -270,13 +273,21 @@ class Trainer:
     def finish_training(self) -> None:
         self.policy.optimizer.zero_grad()
 
-    def _draw(self, batch: int) -> list[Prompt]:
-        """The prompts of a step's n-th batch."""
+    def _draw(self, batch: int, *, skipped: int = 0) -> list[Prompt]:
+        """The prompts of a step's n-th batch; of the next step's where this one has drawn `skipped`."""
         count = self.config.rollout.prompts_per_step
         order = PromptOrder(len(self.train_prompts), self.config.trainer.seed)
-        return [
-            self.train_prompts[i] for i in order.batch(self.state.consumed_samples + batch * count, count)
-        ]
+        start = self.state.consumed_samples + skipped + batch * count
+        return [self.train_prompts[i] for i in order.batch(start, count)]
+
+    def _sample_ahead(self, step: int, drawn: int) -> None:
+        """With rollout.max_lag=1, begins with step `step` by the weights that its predecessor trains from."""
+        if self.config.rollout.max_lag and step < self.config.trainer.max_steps:
+            self.collector.start_ahead(
+                self._draw(0, skipped=drawn),
+                version=self.state.weight_version,
+                seed=derive_seed(self.config.trainer.seed, "rollout", step),
+            )
 
     def _marked(self, update: Sequence[MicroBatch], weights: BlendWeights, seed: int) -> Sequence[MicroBatch]:
         """With what the loss wants computed over the whole update first, if anything."""
@@ -320,15 +331,18 @@ class Trainer:
         dumps = Path(self.config.trainer.run_dir) / "dumps"
         return RolloutDump(dumps, part=dist.get_rank(layout.data_group), settings=settings)
 
-    def _check_rollouts(self, on_policy: dict[str, float], step: int) -> None:
-        """Guards on numbers that are the same on every rank, so that all stop together."""
+    def _check_rollouts(self, on_policy: dict[str, float], step: int, *, is_stale: bool) -> None:
+        """Guards on numbers that are the same on every rank, so that all stop together.
+
+        is_stale: some samples are of older weights, so that their log-probs are meant to differ.
+        """
         entropy, mismatch = on_policy["entropy"], on_policy["mismatch"]
         if not (math.isfinite(entropy) and entropy > 0):
             raise RuntimeError(
                 f"step {step}: the policy's entropy is {entropy}; it must be finite and positive."
             )
         limit = self.config.rollout.mismatch_limit
-        if not mismatch <= limit:
+        if not (is_stale and math.isfinite(mismatch)) and not mismatch <= limit:
             raise RuntimeError(
                 f"step {step}: trainer and engine log-probs differ by {mismatch:.3g} on average, more than "
                 f"rollout.mismatch_limit={limit}. The engine's weights or precision are not the policy's; "
