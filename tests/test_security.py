@@ -34,28 +34,33 @@ LOADER = re.compile(
     r"|load_inline|read_pickle|unsafe_load|full_load|load_all|(all_)?gather_object|(broadcast|scatter|send|recv)_object_list)$|^(eval|exec|compile|__import__)$"
 )
 HARMLESS = ("json.load", "json.loads", "tl.load")
+# Pickle between the ranks of one job, whose network is trusted.
+BETWEEN_RANKS = tuple(
+    f"dist.{name}" for name in ("all_gather_object", "gather_object", "broadcast_object_list")
+)
 FORBIDDEN_IMPORTS = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle")
 ALLOWED = {  # (file, call) -> why it is safe
     ("megatron_fec/config.py", "OmegaConf.load"): "YAML by a safe loader",
     ("megatron_fec/report.py", "OmegaConf.load"): "YAML by a safe loader",
     ("megatron_fec/policy/model.py", "AutoConfig.from_pretrained"): "JSON; no code of the model",
     ("megatron_fec/rollout/vllm_engine.py", "AutoConfig.from_pretrained"): "JSON; no code of the model",
+    ("megatron_fec/rollout/vllm_parts.py", "AutoConfig.from_pretrained"): "JSON; no code of the model",
     ("megatron_fec/preflight.py", "AutoTokenizer.from_pretrained"): "JSON and text; no code of the model",
-    ("megatron_fec/preflight.py", "snapshot_download"): "JSON, text and safetensors only",
+    ("megatron_fec/hub.py", "snapshot_download"): "JSON, text and safetensors only",
     ("megatron_fec/tasks/prompts.py", "datasets.load_dataset"): "data files; scripts are refused",
     ("megatron_fec/policy/checkpoint.py", "torch.load"): "weights_only",
     ("megatron_fec/policy/checkpoint.py", "dist_checkpointing.load"): "pickle, after check_checkpoint",
     ("benchmarks/implementations.py", "load"): "a function of its own",
-    # Pickle between the ranks of one job, whose network is trusted.
-    ("megatron_fec/policy/step.py", "dist.broadcast_object_list"): "ranks",
-    ("megatron_fec/policy/step.py", "dist.all_gather_object"): "ranks",
-    ("megatron_fec/rollout/engine.py", "dist.all_gather_object"): "ranks",
-    ("megatron_fec/rollout/vllm_cpu_worker.py", "dist.broadcast_object_list"): "ranks",
-    ("megatron_fec/evaluation_job.py", "dist.all_gather_object"): "ranks",
-    ("megatron_fec/evaluation_job.py", "dist.broadcast_object_list"): "ranks",
-    ("megatron_fec/collection.py", "dist.all_gather_object"): "ranks",
-    ("megatron_fec/preflight.py", "dist.all_gather_object"): "ranks",
-    ("megatron_fec/marks.py", "dist.all_gather_object"): "ranks",
+    ("megatron_fec/serving.py", "AutoTokenizer.from_pretrained"): "JSON and text; no code of the model",
+    ("megatron_fec/engines.py", "AutoConfig.from_pretrained"): "JSON; no code of the model",
+    ("megatron_fec/dry_run.py", "hf_hub_download"): "one file of JSON",
+    ("megatron_fec/rollout/fleet.py", "client.load"): "sends weights",
+    ("megatron_fec/rollout/server_engine.py", "fleet.load"): "sends weights",
+    ("megatron_fec/policy/checkpoint_tensors.py", "import pickle"): "see pickle.load",
+    (
+        "megatron_fec/policy/checkpoint_tensors.py",
+        "pickle.load",
+    ): "from a fork of this process, in memory that both share",
 }
 
 
@@ -65,7 +70,7 @@ def loaders(source: str) -> set[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
-            if LOADER.search(name) and name not in HARMLESS:
+            if LOADER.search(name) and name not in HARMLESS + BETWEEN_RANKS:
                 found.add(name)
         elif isinstance(node, ast.Import | ast.ImportFrom):
             modules = [alias.name for alias in node.names]
