@@ -98,7 +98,7 @@ def load_checkpoint(policy: Policy, checkpoint: Path) -> None:
     if (
         rng_file.is_file()
     ):  # a larger world has ranks of which none was saved; their streams are derived from seeds
-        _load_rng_state(torch.load(rng_file, weights_only=True))
+        load_rng_state(torch.load(rng_file, weights_only=True))
 
 
 def load_model_only(policy: Policy, checkpoint: Path) -> None:
@@ -119,6 +119,7 @@ def _sharding_metadata() -> dict[str, Any]:
 
 
 def sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
+    """Megatron's part: this rank's shards of model and optimizer, and the step of the learning rate."""
     metadata = _sharding_metadata()
     model = unwrapped(policy.model).sharded_state_dict(metadata=metadata)  # type: ignore[operator]
     optimizer = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
@@ -185,6 +186,7 @@ def _rng_tracker() -> Any:
 
 
 def rng_state() -> dict[str, Any]:
+    """Every random state of this rank, as types that torch.load reads with weights_only."""
     version, words, gauss = random.getstate()
     numpy_state: Any = np.random.get_state()
     kind, keys, position, has_gauss, cached = numpy_state
@@ -197,7 +199,8 @@ def rng_state() -> dict[str, Any]:
     }
 
 
-def _load_rng_state(state: dict[str, Any]) -> None:
+def load_rng_state(state: dict[str, Any]) -> None:
+    """Goes back to what rng_state returned."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])
