@@ -124,6 +124,7 @@ def _sharding_metadata() -> dict[str, Any]:
 
 
 def sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
+    """Megatron's part: this rank's shards of model and optimizer, and the step of the learning rate."""
     metadata = _sharding_metadata()
     model = unwrapped(policy.model).sharded_state_dict(metadata=metadata)  # type: ignore[operator]
     optimizer = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
