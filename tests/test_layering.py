@@ -29,6 +29,8 @@ FLOORS = {  # first part of the name below megatron_fec
     "token_loss": 4,
     "collection": 4,
     "strategy_state": 4,
+    "step_dump": 4,
+    "updates": 4,
     "stop": 4,
     "marks": 4,
     "job": 4,
