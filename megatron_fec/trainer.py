@@ -6,8 +6,8 @@ Memory moves in prepare_for_* and finish_* only: the engine sleeps while the pol
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,13 @@ from megatron_fec.config import Config, ConfigError
 from megatron_fec.evaluate import evaluation_metrics
 from megatron_fec.marks import mark_update
 from megatron_fec.metrics import MetricSums
-from megatron_fec.policy.checkpoint import TrainerState, load_checkpoint, save_checkpoint
+from megatron_fec.policy.checkpoint import (
+    TrainerState,
+    load_checkpoint,
+    load_rng_state,
+    rng_state,
+    save_checkpoint,
+)
 from megatron_fec.policy.device import device, release_cached_memory
 from megatron_fec.policy.reference import ReferencePolicy
 from megatron_fec.policy.step import Policy, TokenLoss, compute_logprobs, reduce_metrics, train_update
@@ -33,6 +39,7 @@ from megatron_fec.rollout.packing import PackLayout, pack, with_sample_values
 from megatron_fec.rollout_dump import DumpSettings, RolloutDump
 from megatron_fec.run_log import TOKENS_PER_SECOND, RunLog, Timers
 from megatron_fec.seeds import derive_seed
+from megatron_fec.stop import Stop, StopRequested
 from megatron_fec.strategy_state import StrategyState
 from megatron_fec.tasks.prompts import PromptOrder
 from megatron_fec.token_loss import Observer, policy_token_loss
@@ -65,28 +72,56 @@ class Trainer:
     log: RunLog
     pack_layout: PackLayout
     state: TrainerState
+    stop: Stop
     reference: ReferencePolicy | None = None
     timers: Timers = field(default_factory=Timers)
     engine_version: int | None = None  # of the weights in the engine
     is_first_update: bool = True  # of this process
+    saved_step: int = 0  # of the newest checkpoint
 
     def fit(self) -> None:
-        """Steps until trainer.max_steps: sample, score, log-probs, schedule, updates, log, save and evaluate when due."""
-        settings = self.config.trainer
-        while self.state.step < settings.max_steps:
-            step = self.state.step
-            self.timers.reset()
-            with self.timers("step"):
-                rollouts = self.generate_rollouts(step)
-                weights = self.schedule.weights(step, rollouts.entropy)
-                optim_metrics = self.run_training(rollouts, weights, step)
-                self.state = self._advanced(rollouts.drawn)
-            metrics = rollouts.metrics | optim_metrics
-            if settings.eval_every and _is_due(settings.eval_every, step + 1, last=settings.max_steps):
-                metrics |= self.run_validation(step + 1)
-            self.log.write(step, metrics | self._timer_metrics(rollouts.metrics))
-            if _is_due(settings.save_every, step + 1, last=settings.max_steps):
+        """Steps until trainer.max_steps: sample, score, log-probs, schedule, updates, log, save and evaluate when due.
+
+        StopRequested where all ranks agree to stop before that; every finished step is saved then, and the one that
+        was under way, of which no update has been made, leaves no trace.
+        """
+        try:
+            if self.state.unwritten:
+                self.finish_step(self.state.unwritten)
+            while self.state.step < self.config.trainer.max_steps:
+                step = self.state.step
+                self.stop.check("step", "save")
+                self.timers.reset()
+                with self.timers("step"), _randomness_kept_by_a_stop():
+                    rollouts = self.generate_rollouts(step)
+                    weights = self.schedule.weights(step, rollouts.entropy)
+                    optim_metrics = self.run_training(rollouts, weights, step)
+                    self.state = self._advanced(rollouts.drawn)
+                self.finish_step(rollouts.metrics | optim_metrics)
+        except StopRequested as request:
+            if self.state.step > self.saved_step:
                 self.save()
+            steps = f"{self.state.step} of {self.config.trainer.max_steps} steps"
+            raise StopRequested(f"{request} after {steps}") from request
+
+    def finish_step(self, metrics: dict[str, float]) -> None:
+        """Validation when due, the row, and a checkpoint when due, of the step that has just been trained.
+
+        A stop puts the validation off: it may take longer than the grace after SIGTERM.
+        """
+        settings, step = self.config.trainer, self.state.step
+        if settings.eval_every and _is_due(settings.eval_every, step, last=settings.max_steps):
+            try:
+                self.stop.check("validate", "save")
+            except StopRequested:
+                self.state = replace(self.state, unwritten=metrics | self._timer_metrics(metrics))
+                raise
+            metrics = metrics | self.run_validation(step)
+        self.log.write(step - 1, metrics | self._timer_metrics(metrics))
+        self.state = replace(self.state, unwritten={})
+        if _is_due(settings.save_every, step, last=settings.max_steps):
+            self.save()
+        self.stop.learn(self.timers.seconds())
 
     def generate_rollouts(self, step: int) -> Rollouts:
         """Samples and scores one batch of prompts; scoring overlaps with the log-prob pass."""
@@ -97,6 +132,7 @@ class Trainer:
                 self._draw, version=self.state.weight_version, seed=derive_seed(seed, "rollout", step)
             )
         self.finish_inference()
+        self.stop.check("logprobs", "verify", "train", "save")
         groups = collection.groups
         with self.timers("logprobs"):
             updates = pack(
@@ -108,6 +144,7 @@ class Trainer:
             updates, sums = compute_logprobs(self.policy, updates)
             if self.reference is not None:
                 updates = self.reference.fill(self.policy, updates)
+        self.stop.check("verify", "train", "save")  # the last: from here on the step changes what is saved
         with self.timers("verify"):
             rewards, metrics = self.collector.rewards(collection)
         on_policy = sums.means()
@@ -185,9 +222,11 @@ class Trainer:
             schedule={"name": name, **self.schedule.state_dict()},
             strategies=self.strategy_state.state_dict(),
         )
-        saved = save_checkpoint(
-            self.policy, Path(settings.run_dir) / "checkpoints", state, keep=settings.keep_checkpoints
-        )
+        with self.timers("save"):
+            saved = save_checkpoint(
+                self.policy, Path(settings.run_dir) / "checkpoints", state, keep=settings.keep_checkpoints
+            )
+        self.saved_step = state.step
         self.log.note(f"saved {saved}")
         self.finish_training()
         return saved
@@ -205,6 +244,7 @@ class Trainer:
         self.schedule.load_state_dict(saved)
         self.strategy_state.load_state_dict(state.strategies)
         self.state = state
+        self.saved_step = state.step
         self.engine_version = None
 
     def prepare_for_inference(self) -> None:
@@ -309,15 +349,25 @@ class Trainer:
         )
 
     def _timer_metrics(self, rollout_metrics: dict[str, float]) -> dict[str, float]:
-        """Seconds by name, the slowest rank's, and response tokens per second of the whole step."""
+        """Seconds by name, the slowest rank's, and response tokens per second of the whole step if it was timed."""
         seconds = self.timers.seconds()
         slowest = torch.tensor(list(seconds.values()), device=device(), dtype=torch.float64)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         timers = dict(zip(seconds, slowest.tolist(), strict=True))
         tokens = rollout_metrics["train_rollouts/response_tokens"]
-        return {f"timers/{name}": value for name, value in timers.items()} | {
-            TOKENS_PER_SECOND: tokens / timers["step"]
-        }
+        rate = {TOKENS_PER_SECOND: tokens / timers["step"]} if "step" in timers else {}
+        return {f"timers/{name}": value for name, value in timers.items()} | rate
+
+
+@contextmanager
+def _randomness_kept_by_a_stop() -> Iterator[None]:
+    """The random states are those before the block, if a stop gives it up."""
+    before = rng_state()
+    try:
+        yield
+    except StopRequested:
+        load_rng_state(before)
+        raise
 
 
 def _update_order(num_updates: int, seed: int, step: int, epoch: int) -> list[int]:

@@ -26,9 +26,11 @@ def run_warm_start(
     *,
     layout: PackLayout,
     note: Callable[[str], None],
+    before_step: Callable[[], None],
 ) -> None:
     """One optimizer step per batch of demonstrations, in their order; the loss is the mean over response tokens."""
     for step in range(settings.steps):
+        before_step()
         batch = demonstrations[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]
         policy.scheduler.step(increment=1)
         sums, _ = train_update(policy, pack_demonstrations(batch, layout=layout), _supervised)

@@ -27,6 +27,7 @@ FLOORS = {  # first part of the name below megatron_fec
     "token_loss": 4,
     "collection": 4,
     "strategy_state": 4,
+    "stop": 4,
     "marks": 4,
     "job": 4,
     "launcher": 4,

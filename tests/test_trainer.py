@@ -23,6 +23,7 @@ def test_a_checkpoint_of_another_schedule_is_refused(tmp_path: Path):
         train_prompts=(),
         validation_prompts=(),
         log=nothing,
+        stop=nothing,
         pack_layout=nothing,
         state=TrainerState(step=0, consumed_samples=0, weight_version=0, schedule={}),
     )

@@ -52,6 +52,9 @@ class TrainerState:
     strategies: dict[str, Any] = field(
         default_factory=dict
     )  # state of the loss and of the advantages, if any
+    unwritten: dict[str, float] = field(
+        default_factory=dict
+    )  # metrics of the last step, if a stop put off its validation
 
 
 def find_checkpoints(directory: Path) -> list[Path]:
@@ -101,7 +104,7 @@ def save_checkpoint(policy: Policy, directory: Path, state: TrainerState, *, kee
     dist_checkpointing.save(
         _sharded_state(policy, is_loading=False), str(writing), validate_access_integrity=False
     )
-    torch.save(_rng_state(), writing / f"rng_{dist.get_rank():05d}.pt")
+    torch.save(rng_state(), writing / f"rng_{dist.get_rank():05d}.pt")
     if dist.get_rank() == 0:
         hf_config = policy.bridge.hf_config
         saved = {
@@ -145,7 +148,7 @@ def load_checkpoint(policy: Policy, checkpoint: Path) -> None:
     if (
         rng_file.is_file()
     ):  # a larger world has ranks of which none was saved; their streams are derived from seeds
-        _load_rng_state(torch.load(rng_file, weights_only=True))
+        load_rng_state(torch.load(rng_file, weights_only=True))
 
 
 def load_model_only(policy: Policy, checkpoint: Path) -> None:
@@ -238,7 +241,8 @@ def _rng_tracker() -> Any:
     return tensor_parallel.get_cuda_rng_tracker()
 
 
-def _rng_state() -> dict[str, Any]:
+def rng_state() -> dict[str, Any]:
+    """Every random state of this rank, as types that torch.load reads with weights_only."""
     version, words, gauss = random.getstate()
     numpy_state: Any = np.random.get_state()
     kind, keys, position, has_gauss, cached = numpy_state
@@ -251,7 +255,8 @@ def _rng_state() -> dict[str, Any]:
     }
 
 
-def _load_rng_state(state: dict[str, Any]) -> None:
+def load_rng_state(state: dict[str, Any]) -> None:
+    """Goes back to what rng_state returned."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])
