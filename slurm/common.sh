@@ -168,7 +168,7 @@ await_one() {
         if [[ $STOP_REQUESTED ]] && ((asked++ % 5 == 0)); then
             scancel --signal=USR1 "$JOB" 2>/dev/null || true # between two steps there is nobody to signal
         fi
-        sleep 1
+        sleep 1 || true
     done
 }
 
@@ -200,12 +200,12 @@ preflight() {
 # exit code 0 without it means that it stopped at a checkpoint.
 conclude() {
     local code=$1
-    if [[ -e $RUN_DIR/DONE ]]; then
-        echo "job $JOB: finished, exit code $code"
-    elif [[ $TERMINATED ]]; then
+    if [[ $TERMINATED ]]; then
         echo "job $JOB: ended from outside, exit code $code"
     elif ((code)); then
         echo "job $JOB: failed with exit code $code"
+    elif [[ -e $RUN_DIR/DONE ]]; then
+        echo "job $JOB: finished"
     else
         again
     fi
@@ -232,7 +232,7 @@ again() {
     exit 0 # the controller has marked the job already
 }
 
-# What a training job does before its first step; ends it where nothing is to be done.
+# What a training job says first; ends it after too many restarts.
 begin() {
     echo "job $JOB, restart $RESTART: ${#NODES[@]} nodes (${NODES[*]}) x $GPUS_PER_NODE, rendezvous at $MASTER_ADDR:$MASTER_PORT"
     echo "configuration $CONFIG, run folder $RUN_DIR"
@@ -240,10 +240,6 @@ begin() {
     if ((RESTART > MAX_RESTARTS)); then
         echo "error: this is restart $RESTART, and MAX_RESTARTS=$MAX_RESTARTS. Submit the job again if that is meant." >&2
         exit 1
-    fi
-    if [[ -e $RUN_DIR/DONE ]]; then
-        echo "job $JOB: $RUN_DIR/DONE says that the run is finished. Remove it to go on, for example with more trainer.max_steps."
-        exit 0
     fi
 }
 

@@ -17,7 +17,7 @@ set -euo pipefail
 
 readonly SUBNET=192.0.2 # TEST-NET-1; exists only inside the namespaces
 readonly UP_TIMEOUT=60
-readonly GRACE=20     # seconds from SIGTERM to SIGKILL at a preemption, scancel and the time limit
+readonly GRACE=60               # seconds from SIGTERM to SIGKILL at a preemption, scancel and the time limit
 readonly CPUS=64 MEMORY=1000000 # of a node, fake, MiB
 
 log() { printf 'local_slurm: %s\n' "$*" >&2; }
