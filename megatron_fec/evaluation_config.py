@@ -136,7 +136,7 @@ def _unknown_key(key: str, path: str | Path) -> str:
 
 def _check_choices(config: EvaluationConfig) -> None:
     chosen = {"rollout.engine": config.rollout.engine, "policy.precision": config.policy.precision}
-    allowed = {key: CHOICES[key] for key in chosen}
+    allowed = {"rollout.engine": ("vllm", "native"), "policy.precision": CHOICES["policy.precision"]}
     for name, benchmark in config.benchmarks.items():
         chosen[f"benchmarks.{name}.prompt_style"] = benchmark.prompt_style
         allowed[f"benchmarks.{name}.prompt_style"] = CHOICES["data.prompt_style"]

@@ -15,14 +15,15 @@ from megatron_fec.algorithm.schedules import build_schedule
 from megatron_fec.algorithm.strategies import needs_reference
 from megatron_fec.collection import Collector
 from megatron_fec.config import Config, OptimizerConfig, save_config
-from megatron_fec.engines import native_engine, vllm_engine
+from megatron_fec.engines import native_engine, server_engine, vllm_engine
 from megatron_fec.policy.checkpoint import TrainerState
+from megatron_fec.policy.checkpoint_files import set_aside
 from megatron_fec.policy.device import device, release_cached_memory
 from megatron_fec.policy.parallel import ParallelLayout, initialize_parallel
 from megatron_fec.policy.reference import ReferencePolicy
 from megatron_fec.policy.step import Policy, build_policy
 from megatron_fec.policy.weights import export_hf
-from megatron_fec.preflight import Inputs, prepare_inputs
+from megatron_fec.preflight import ENGINES_DIR, Inputs, prepare_inputs
 from megatron_fec.report import write_report
 from megatron_fec.rollout.engine import Engine, true_vocab_size
 from megatron_fec.rollout.packing import PackLayout
@@ -95,7 +96,7 @@ def _build_trainer(
         config=config,
         policy=policy,
         collector=Collector(
-            engine=_engine(config, inputs, policy),
+            engine=_engine(config, inputs, policy, log),
             verifier=Verifier(workers=1, timeout=config.data.verifier_timeout),
             settings=config.rollout,
         ),
@@ -115,10 +116,20 @@ def _build_trainer(
 
 
 def _resume(trainer: Trainer, inputs: Inputs) -> None:
-    """From the newest checkpoint, if there is one."""
+    """From the newest whole checkpoint, if there is one."""
     if inputs.checkpoint is not None and inputs.state is not None:
         trainer.load_state_dict(inputs.checkpoint, inputs.state)
+        set_aside(inputs.damaged)
+        for damaged, fault in inputs.damaged.items():
+            trainer.log.note(
+                f"warning: {damaged} is damaged, {fault}; it is called damaged_{damaged.name} now"
+            )
         trainer.log.note(f"resumed from {inputs.checkpoint}")
+        if trainer.config.rollout.max_lag:
+            trainer.log.note(
+                f"rollout.max_lag=1: step {inputs.state.step} is sampled anew by the current weights, with lag 0; "
+                "what the stopped run had sampled ahead by older weights was not saved"
+            )
     # A row that was put off was never written, or will be written again.
     trainer.log.truncate_to(trainer.state.step - bool(trainer.state.unwritten))
 
@@ -137,10 +148,13 @@ def _policy(
     )
 
 
-def _engine(config: Config, inputs: Inputs, policy: Policy) -> Engine:
+def _engine(config: Config, inputs: Inputs, policy: Policy, log: RunLog) -> Engine:
     rollout = config.rollout
     if rollout.engine == "native":
         return native_engine(policy, inputs.tokenizer)
+    if rollout.engine == "servers":
+        folder = Path(config.trainer.run_dir) / ENGINES_DIR
+        return server_engine(folder, inputs.model_dir, inputs.tokenizer, say=log.note)
     return vllm_engine(
         inputs.model_dir,
         inputs.tokenizer,

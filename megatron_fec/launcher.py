@@ -30,6 +30,14 @@ def main() -> None:
         metavar="EPOCH_SECONDS",
         help="save and stop before this time, such as $(($(date +%%s) + 3600))",
     )
+    parser.add_argument("--dry-run", action="store_true", help="say what the run would do, and end")
+    parser.add_argument(
+        "--nodes",
+        type=_count,
+        default=os.environ.get("SLURM_JOB_NUM_NODES", "1"),
+        help="of the dry run (default: those of the Slurm job, or 1)",
+    )
+    parser.add_argument("--gpus-per-node", type=_count, default=8, help="of the dry run (default 8)")
     _run(parser, _train)
 
 
@@ -43,6 +51,12 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--config", required=True, help="a YAML file; the project's own are in configs/")
     parser.add_argument("overrides", nargs="*", help="settings in the form key=value")
     return parser
+
+
+def _count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
+    return number
 
 
 def _run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], object]) -> None:
@@ -59,6 +73,11 @@ def _run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], o
 def _train(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     # Imported after the configuration is known to be right: megatron-core takes seconds.
+    if arguments.dry_run:
+        from megatron_fec.dry_run import dry_run_text
+
+        print(dry_run_text(config, nodes=arguments.nodes, gpus_per_node=arguments.gpus_per_node))
+        return
     from megatron_fec.job import train
 
     train(config, end_time=arguments.end_time)

@@ -24,13 +24,8 @@ from megatron_fec.config import Config, ConfigError
 from megatron_fec.evaluate import evaluation_metrics
 from megatron_fec.marks import mark_update
 from megatron_fec.metrics import MetricSums
-from megatron_fec.policy.checkpoint import (
-    TrainerState,
-    load_checkpoint,
-    load_rng_state,
-    rng_state,
-    save_checkpoint,
-)
+from megatron_fec.policy.checkpoint import TrainerState, load_checkpoint, load_rng_state, rng_state
+from megatron_fec.policy.checkpoint_save import Saver
 from megatron_fec.policy.device import device, release_cached_memory
 from megatron_fec.policy.reference import ReferencePolicy
 from megatron_fec.policy.step import Policy, TokenLoss, compute_logprobs, reduce_metrics, train_update
@@ -75,6 +70,7 @@ class Trainer:
     stop: Stop
     reference: ReferencePolicy | None = None
     timers: Timers = field(default_factory=Timers)
+    saver: Saver = field(default_factory=Saver)
     engine_version: int | None = None  # of the weights in the engine
     is_first_update: bool = True  # of this process
     saved_step: int = 0  # of the newest checkpoint
@@ -101,6 +97,7 @@ class Trainer:
         except StopRequested as request:
             if self.state.step > self.saved_step:
                 self.save()
+            self.note_saved(wait=True)
             steps = f"{self.state.step} of {self.config.trainer.max_steps} steps"
             raise StopRequested(f"{request} after {steps}") from request
 
@@ -121,6 +118,7 @@ class Trainer:
         self.state = replace(self.state, unwritten={})
         if _is_due(settings.save_every, step, last=settings.max_steps):
             self.save()
+        self.note_saved(wait=step == settings.max_steps)
         self.stop.learn(self.timers.seconds())
 
     def generate_rollouts(self, step: int) -> Rollouts:
@@ -131,6 +129,7 @@ class Trainer:
             collection = self.collector.collect(
                 self._draw, version=self.state.weight_version, seed=derive_seed(seed, "rollout", step)
             )
+        self._sample_ahead(step + 1, collection.drawn)
         self.finish_inference()
         self.stop.check("logprobs", "verify", "train", "save")
         groups = collection.groups
@@ -148,7 +147,7 @@ class Trainer:
         with self.timers("verify"):
             rewards, metrics = self.collector.rewards(collection)
         on_policy = sums.means()
-        self._check_rollouts(on_policy, step)
+        self._check_rollouts(on_policy, step, is_stale=metrics["lag"] > 0)
         values = self.strategy_state.sample_values(groups, rewards, on_policy["entropy"])
         metrics |= on_policy | self.strategy_state.metrics()
         return Rollouts(
@@ -212,8 +211,8 @@ class Trainer:
         self.finish_inference()
         return {f"val_rollouts/{name}": value for name, value in evaluation_metrics(rewards).items()}
 
-    def save(self) -> Path:
-        """A checkpoint of everything that the next step depends on."""
+    def save(self) -> None:
+        """A checkpoint of everything that the next step depends on; note_saved tells when it is on disk."""
         self.prepare_for_training()
         settings = self.config.trainer
         name = self.config.algorithm.schedule.name
@@ -223,13 +222,20 @@ class Trainer:
             strategies=self.strategy_state.state_dict(),
         )
         with self.timers("save"):
-            saved = save_checkpoint(
-                self.policy, Path(settings.run_dir) / "checkpoints", state, keep=settings.keep_checkpoints
+            self.saver.save(
+                self.policy,
+                Path(settings.run_dir) / "checkpoints",
+                state,
+                keep=settings.keep_checkpoints,
+                in_background=settings.async_save,
             )
         self.saved_step = state.step
-        self.log.note(f"saved {saved}")
         self.finish_training()
-        return saved
+
+    def note_saved(self, *, wait: bool) -> None:
+        """Tells of checkpoints that are on disk by now, and raises what went wrong with one in the background."""
+        for saved in self.saver.finished(wait=wait):
+            self.log.note(f"saved {saved}")
 
     def load_state_dict(self, checkpoint: Path, state: TrainerState) -> None:
         """Goes back to a checkpoint; the engine gets the weights before it samples."""
@@ -248,7 +254,9 @@ class Trainer:
         self.engine_version = None
 
     def prepare_for_inference(self) -> None:
-        """Brings the current weights into the engine."""
+        """Brings the current weights into the engine, once it has finished what it samples ahead."""
+        with self.timers("generate"):
+            self.collector.finish_ahead()
         release_cached_memory()
         if self.engine_version != self.state.weight_version:
             with self.timers("refit"):
@@ -265,13 +273,21 @@ class Trainer:
     def finish_training(self) -> None:
         self.policy.optimizer.zero_grad()
 
-    def _draw(self, batch: int) -> list[Prompt]:
-        """The prompts of a step's n-th batch."""
+    def _draw(self, batch: int, *, skipped: int = 0) -> list[Prompt]:
+        """The prompts of a step's n-th batch; of the next step's where this one has drawn `skipped`."""
         count = self.config.rollout.prompts_per_step
         order = PromptOrder(len(self.train_prompts), self.config.trainer.seed)
-        return [
-            self.train_prompts[i] for i in order.batch(self.state.consumed_samples + batch * count, count)
-        ]
+        start = self.state.consumed_samples + skipped + batch * count
+        return [self.train_prompts[i] for i in order.batch(start, count)]
+
+    def _sample_ahead(self, step: int, drawn: int) -> None:
+        """With rollout.max_lag=1, begins with step `step` by the weights that its predecessor trains from."""
+        if self.config.rollout.max_lag and step < self.config.trainer.max_steps:
+            self.collector.start_ahead(
+                self._draw(0, skipped=drawn),
+                version=self.state.weight_version,
+                seed=derive_seed(self.config.trainer.seed, "rollout", step),
+            )
 
     def _marked(self, update: Sequence[MicroBatch], weights: BlendWeights, seed: int) -> Sequence[MicroBatch]:
         """With what the loss wants computed over the whole update first, if anything."""
@@ -315,15 +331,18 @@ class Trainer:
         dumps = Path(self.config.trainer.run_dir) / "dumps"
         return RolloutDump(dumps, part=dist.get_rank(layout.data_group), settings=settings)
 
-    def _check_rollouts(self, on_policy: dict[str, float], step: int) -> None:
-        """Guards on numbers that are the same on every rank, so that all stop together."""
+    def _check_rollouts(self, on_policy: dict[str, float], step: int, *, is_stale: bool) -> None:
+        """Guards on numbers that are the same on every rank, so that all stop together.
+
+        is_stale: some samples are of older weights, so that their log-probs are meant to differ.
+        """
         entropy, mismatch = on_policy["entropy"], on_policy["mismatch"]
         if not (math.isfinite(entropy) and entropy > 0):
             raise RuntimeError(
                 f"step {step}: the policy's entropy is {entropy}; it must be finite and positive."
             )
         limit = self.config.rollout.mismatch_limit
-        if not mismatch <= limit:
+        if not (is_stale and math.isfinite(mismatch)) and not mismatch <= limit:
             raise RuntimeError(
                 f"step {step}: trainer and engine log-probs differ by {mismatch:.3g} on average, more than "
                 f"rollout.mismatch_limit={limit}. The engine's weights or precision are not the policy's; "

@@ -18,6 +18,7 @@ FLOORS = {  # first part of the name below megatron_fec
     "metrics": 0,
     "seeds": 0,
     "context_split": 0,
+    "server_config": 0,
     "algorithm": 0,
     "vocab_parallel": 1,
     "policy": 2,
@@ -47,7 +48,10 @@ FLOORS = {  # first part of the name below megatron_fec
     "replay_output": 4,
     "report_panels": 4,
     "preflight": 4,
+    "hub": 4,
+    "serving": 4,
     "convert": 4,
+    "dry_run": 4,
     "cli": 5,
 }
 # Beside the floors: what a part must not import, and who alone may import a package.
@@ -59,7 +63,10 @@ ONLY_IN = {
     "megatron": ("megatron_fec.policy",),
     "mbridge": ("megatron_fec.policy",),
     "transformer_engine": ("megatron_fec.policy",),
-    "vllm": ("megatron_fec.rollout.vllm_engine", "megatron_fec.rollout.vllm_cpu_worker"),
+    "vllm": tuple(
+        f"megatron_fec.rollout.vllm_{name}"
+        for name in ("parts", "engine", "cpu_worker", "server", "transfer")
+    ),
     "triton": ("megatron_fec.vocab_parallel.triton_kernel",),
 }
 MAX_LINES = 400
