@@ -251,7 +251,7 @@ launch_training() {
     prepare
     choose_run_dir
     local arguments=(--config "$CONFIG" "${OVERRIDES[@]}") end
-    [[ -z $DRY_RUN ]] || dry_run_of_training "${arguments[@]}"
+    [[ -z $DRY_RUN ]] || dry_run_of_training "${#NODES[@]}" "${arguments[@]}"
     [[ $DRY_RUN ]] || begin
     preflight
     end=$(end_of_job)
@@ -264,7 +264,9 @@ launch_training() {
     conclude "$CODE"
 }
 
-# What launch/train.py says about the run, without a GPU; a wrong setting ends the dry run here.
+# dry_run_of_training NODES ARGUMENT...: what launch/train.py says about the run; a wrong setting ends the dry run here.
 dry_run_of_training() {
-    "$PYTHON" launch/train.py --dry-run --nodes "${#NODES[@]}" --gpus-per-node "$GPUS_PER_NODE" "$@"
+    local nodes=$1
+    shift
+    "$PYTHON" launch/train.py --dry-run --nodes "$nodes" --gpus-per-node "$GPUS_PER_NODE" "$@"
 }

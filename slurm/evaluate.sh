@@ -27,9 +27,7 @@ ROOT=${FEC_ROOT:-$(realpath -- "$(dirname -- "${BASH_SOURCE[0]}")/..")}
 
 read_arguments "$@"
 prepare
-evaluation=(launch/evaluate.py --config "$CONFIG" "${OVERRIDES[@]}")
-[[ -z $DRY_RUN ]] || "$PYTHON" "${evaluation[0]}" --dry-run "${evaluation[@]:1}"
-srun_on all 1 torchrun "${evaluation[@]}"
+srun_on all 1 torchrun launch/evaluate.py --config "$CONFIG" "${OVERRIDES[@]}"
 [[ -z $DRY_RUN ]] || { show evaluate "${SRUN[@]}" && exit 0; }
 run_step
 exit "$CODE"

@@ -20,30 +20,32 @@ torchrun() {
         --rdzv-backend=static --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --max-restarts=0 "$@"
 }
 
-# One engine with its share of the node's GPUs. A dead one starts again up to ENGINE_RESTARTS times; its exit code is kept.
+# One engine with its share of the node's GPUs. Whatever ends it but this task's own end or a wrong setting (exit code 2),
+# it starts again, up to ENGINE_RESTARTS times.
 engine() {
-    local addresses address first start=0 code child
+    local addresses address first start=0 code
     read -ra addresses <<<"$ENGINE_ADDRESSES"
     address=${addresses[SLURM_NODEID]}
     if [[ $ENGINE_INTERFACE ]]; then
         address=$(ip -oneline -4 address show dev "$ENGINE_INTERFACE" | awk '{ sub("/.*", "", $4); print $4; exit }')
+        [[ $address ]] || { echo "error: ENGINE_INTERFACE=$ENGINE_INTERFACE of $SLURMD_NODENAME has no IPv4 address." >&2 && exit 2; }
     fi
-    [[ $address ]] || { echo "error: ENGINE_INTERFACE=$ENGINE_INTERFACE of $SLURMD_NODENAME has no IPv4 address." >&2 && exit 2; }
     first=$((SLURM_LOCALID * ENGINE_GPUS))
     CUDA_VISIBLE_DEVICES=$(seq -s, "$first" $((first + ENGINE_GPUS - 1)))
     export CUDA_VISIBLE_DEVICES
-    stopping=
-    trap 'stopping=yes; kill -TERM "$child" 2>/dev/null || true' TERM
-    while :; do
+    child='' stopping=''
+    trap 'stopping=yes; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM
+    while [[ -z $stopping ]]; do
         "$PYTHON" launch/serve.py --bind "$address" --port $((ENGINE_PORT + SLURM_LOCALID)) "$@" &
         child=$!
-        code=0
         while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a trap ends a wait early
+        code=0
         wait "$child" || code=$?
-        if [[ $stopping ]] || ((code == 0)); then exit "$code"; fi
+        child=''
+        if [[ $stopping ]] || ((code == 2)); then exit "$code"; fi
         if ((start++ == ENGINE_RESTARTS)); then
-            echo "engine $SLURM_PROCID on $SLURMD_NODENAME ended with exit code $code, and ENGINE_RESTARTS=$ENGINE_RESTARTS are used up" >&2
-            exit "$code"
+            echo "error: engine $SLURM_PROCID on $SLURMD_NODENAME ended with exit code $code; ENGINE_RESTARTS=$ENGINE_RESTARTS are used up." >&2
+            exit $((code ? code : 1))
         fi
         echo "engine $SLURM_PROCID on $SLURMD_NODENAME ended with exit code $code: restart $start of $ENGINE_RESTARTS" >&2
     done

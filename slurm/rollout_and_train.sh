@@ -3,8 +3,9 @@
 # others train. One node each by default; sbatch --nodes=N takes more.
 #   sbatch slurm/rollout_and_train.sh [key=value ...]
 #   bash slurm/rollout_and_train.sh --dry-run [--nodes=N] [key=value ...]
-# ENGINE_NODES (1), ENGINE_GPUS (GPUs an engine: rollout.tensor_parallel, else 4), ENGINE_RESTARTS (3, of one engine), ENGINE_PORT
-# (the first of a node), ENGINE_INTERFACE (such as ib0; default: the interface of the node's name). All else: docs/slurm.md
+# Settings by environment variable, besides those of all launchers (docs/slurm.md):
+#   ENGINE_NODES 1, ENGINE_GPUS of one engine (rollout.tensor_parallel, else 4), ENGINE_RESTARTS 3 of one engine, ENGINE_SECONDS
+#   1200 until all answer, ENGINE_PORT of a node's first, ENGINE_INTERFACE such as ib0 (default: that of the node's name)
 #SBATCH --job-name=qwen7b-rl
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -27,12 +28,15 @@ ROOT=${FEC_ROOT:-$(realpath -- "$(dirname -- "${BASH_SOURCE[0]}")/..")}
 # shellcheck source=slurm/common.sh
 . "$ROOT/slurm/common.sh"
 
-# Sets TRAINERS and ENGINES, lists with commas. The batch host trains: it sees the engine nodes as other nodes do.
+# Sets TRAINERS and ENGINES, lists with commas, and the number of trainers. The batch host trains: it sees the engine nodes as other nodes do.
 split_nodes() {
     whole_number ENGINE_NODES 1
     whole_number ENGINE_GPUS 1
     whole_number ENGINE_RESTARTS 0
-    local trainers=$((${#NODES[@]} - ENGINE_NODES)) IFS=,
+    whole_number ENGINE_PORT 1
+    whole_number ENGINE_SECONDS 1
+    local IFS=,
+    trainers=$((${#NODES[@]} - ENGINE_NODES))
     ((trainers > 0)) || fail "ENGINE_NODES=$ENGINE_NODES of ${#NODES[@]} nodes leave none to train on. Take more nodes (sbatch --nodes=N)."
     ((GPUS_PER_NODE % ENGINE_GPUS == 0)) || fail "ENGINE_GPUS=$ENGINE_GPUS must divide the $GPUS_PER_NODE GPUs of a node."
     TRAINERS="${NODES[*]:0:trainers}"
@@ -58,10 +62,28 @@ renew_engine_folder() {
     (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$RUN_DIR/engines/key")
 }
 
-# Ends the engines; a job's end would end them too, but a requeued job waits for its steps.
-stop_engines() {
-    kill -TERM "$engines" 2>/dev/null || true
-    wait "$engines" || true
+# Waits until every engine has left its address; an engine that ends, a stop or the deadline end the wait.
+await_engines() {
+    local expected=$((ENGINE_NODES * (GPUS_PER_NODE / ENGINE_GPUS))) ready deadline=$((SECONDS + ENGINE_SECONDS))
+    while [[ -z $STOP_REQUESTED$TERMINATED ]] && kill -0 "$engines" 2>/dev/null; do
+        ready=$(find "$RUN_DIR/engines" -name '[!.]*.json' | wc -l)
+        if ((ready == expected)); then
+            echo "$ready engines answer on ${ENGINES}"
+            return 0
+        fi
+        if ((SECONDS >= deadline)); then
+            echo "error: $ready of $expected engines answer after ENGINE_SECONDS=$ENGINE_SECONDS." >&2
+            return 1
+        fi
+        sleep 1 || true
+    done
+    [[ $STOP_REQUESTED$TERMINATED ]] || { echo "error: an engine ended before all have answered." >&2 && return 1; }
+}
+
+# end_step PID: tells a step to end and waits for it; a requeued job would wait for its steps too.
+end_step() {
+    kill -TERM "$1" 2>/dev/null || true
+    while kill -0 "$1" 2>/dev/null; do wait "$1" || true; done
 }
 
 read_arguments "$@"
@@ -69,16 +91,18 @@ prepare
 choose_run_dir
 : "${ENGINE_NODES:=1}" "${ENGINE_RESTARTS:=3}" "${ENGINE_GPUS:=$(override_of rollout.tensor_parallel)}" "${ENGINE_GPUS:=4}"
 : "${ENGINE_PORT:=$((7000 + ${SLURM_JOB_ID:-0} % 100 * 10))}" "${ENGINE_INTERFACE:=}"
+: "${ENGINE_SECONDS:=1200}"
 split_nodes
-OVERRIDES+=(rollout.engine=servers "rollout.tensor_parallel=$ENGINE_GPUS")
+# A prompt that is sent to another engine must get the same samples there.
+OVERRIDES=(rollout.seed_per_request=true "${OVERRIDES[@]}" rollout.engine=servers "rollout.tensor_parallel=$ENGINE_GPUS")
 arguments=(--config "$CONFIG" "${OVERRIDES[@]}")
 if [[ $DRY_RUN ]]; then
-    dry_run_of_training "${arguments[@]}"
+    dry_run_of_training "$trainers" "${arguments[@]}"
 else
     begin
     find_addresses
+    export ENGINE_GPUS ENGINE_PORT ENGINE_RESTARTS ENGINE_INTERFACE ENGINE_ADDRESSES
 fi
-export ENGINE_GPUS ENGINE_PORT ENGINE_RESTARTS ENGINE_INTERFACE ENGINE_ADDRESSES
 
 preflight
 srun_on "$ENGINES" $((GPUS_PER_NODE / ENGINE_GPUS)) engine "${arguments[@]}"
@@ -95,18 +119,22 @@ renew_engine_folder
 # Each step names its own nodes, so neither waits for the other.
 "${engine_line[@]}" &
 engines=$!
+code=0
+await_engines || code=1
+if ((code)) || [[ $STOP_REQUESTED$TERMINATED ]]; then
+    end_step "$engines"
+    conclude "$code"
+fi
 "${SRUN[@]}" &
 trainer=$!
 await_one "$engines" "$trainer"
-code=0
-if kill -0 "$trainer" 2>/dev/null; then
+if kill -0 "$trainer" 2>/dev/null && [[ -z $TERMINATED ]]; then
     wait "$engines" || code=$?
-    [[ $TERMINATED ]] || echo "error: the engines ended first (exit code $code); ending the trainer" >&2
-    kill -TERM "$trainer" 2>/dev/null || true
-    while kill -0 "$trainer" 2>/dev/null; do wait "$trainer" || true; done
-    conclude $((code == 0 ? 1 : code))
+    echo "error: an engine is gone for good (exit code $code); ending the trainer." >&2
+    end_step "$trainer"
+    conclude $((code ? code : 1))
 fi
+while kill -0 "$trainer" 2>/dev/null; do wait "$trainer" || true; done
 wait "$trainer" || code=$?
-stop_engines
+end_step "$engines"
 conclude "$code"
-

@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("local_slurm.sh")
 STAND_IN = Path(__file__).with_name("stand_in.py")
-NOT_ENDED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")  # NODE_FAIL and PREEMPTED go on to PENDING
 
 
 def until(condition: Callable[[], Any], *, seconds: float, what: Callable[[], str]) -> Any:
@@ -56,29 +56,35 @@ class Job:
 
     def ended(self, seconds: float = 300) -> JobState:
         """Its state when it has ended."""
-        until(lambda: self.state().name not in NOT_ENDED, seconds=seconds, what=self._story)
+        until(lambda: self.state().name in ENDED, seconds=seconds, what=self._story)
         return self.state()
 
-    def says(self, text: str, seconds: float = 120) -> None:
-        """Waits until the output has this text."""
-        until(lambda: text in self.text(), seconds=seconds, what=lambda: f"{text!r} in {self._story()}")
+    def reaches(self, condition: Callable[[], Any], seconds: float = 180) -> None:
+        """Waits for something that the job does; AssertionError as soon as it has ended without."""
 
-    def restarted(self, count: int, seconds: float = 120) -> None:
+        def happens_or_never_will() -> bool:
+            has_ended = self.state().name in ENDED
+            happens = bool(condition())
+            assert happens or not has_ended, self._story()
+            return happens
+
+        until(happens_or_never_will, seconds=seconds, what=self._story)
+
+    def restarted(self, count: int, seconds: float = 180) -> None:
         """Waits until the job runs again, for the count-th time."""
 
         def runs_again() -> bool:
             state = self.state()
-            assert state.restarts == count or state.name in NOT_ENDED, self._story()
-            return state.restarts == count and state.name == "RUNNING"
+            return state.restarts == count and state.name in ("RUNNING", *ENDED)
 
-        until(runs_again, seconds=seconds, what=self._story)
+        self.reaches(runs_again, seconds)
 
     def signal_shell(self, name: str) -> None:
         """As the time limit does: to the batch script alone."""
         self.cluster.run("scancel", "--batch", f"--signal={name}", self.id)
 
     def _story(self) -> str:
-        return f"job {self.id}: {self.state()}\n{self.text()}"
+        return "\n".join([f"job {self.id}: {self.state()}", *self.text().splitlines()[-60:]])
 
 
 class Cluster:
@@ -95,7 +101,12 @@ class Cluster:
         # No pipe for standard error: what `up` leaves running would hold it open.
         with (self.folder / "errors").open("w+") as errors:
             done = subprocess.run(
-                line, cwd=ROOT, env=os.environ | dict(env or {}), stdout=subprocess.PIPE, stderr=errors, text=True
+                line,
+                cwd=ROOT,
+                env=os.environ | dict(env or {}),
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
             )
             errors.seek(0)
             assert done.returncode == 0, f"{line} gave {done.returncode}: {done.stdout}{errors.read()}"
@@ -106,12 +117,23 @@ class Cluster:
         return self.control("exec", *command, env=env)
 
     def submit(
-        self, script: str, *arguments: str, options: tuple[str, ...] = (), env: Mapping[str, str] | None = None
+        self,
+        script: str,
+        *arguments: str,
+        options: tuple[str, ...] = (),
+        env: Mapping[str, str] | None = None,
     ) -> Job:
         """sbatch OPTIONS slurm/SCRIPT ARGUMENTS, with two tasks a node at most."""
         self._jobs += 1
         output = self.folder / f"job{self._jobs}.out"
-        line = ["sbatch", "--parsable", "--gpus-per-node=2", f"--output={output}", *options, f"slurm/{script}"]
+        line = [
+            "sbatch",
+            "--parsable",
+            "--gpus-per-node=2",
+            f"--output={output}",
+            *options,
+            f"slurm/{script}",
+        ]
         return Job(cluster=self, id=self.run(*line, *arguments, env=env).strip(), output=output)
 
     def stand_in(self, actions: str, name: str, **settings: str) -> dict[str, str]:

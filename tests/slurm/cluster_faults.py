@@ -1,7 +1,7 @@
 """One training run through everything that a cluster does to it, on a real Slurm, over two of three nodes.
 
-The run is told to stop and requeued six times, preempted, loses the node of its batch script, then another by a network cut, is
-cancelled and submitted again, finishes, and is evaluated. It must leave what an undisturbed run leaves, bit for bit.
+The run is told to stop and requeued six times, preempted, loses the node of its batch script, then another by a network
+cut, is cancelled and submitted again, finishes, and is evaluated. It must leave what an undisturbed run leaves, bit for bit.
 Needs Slurm: `make test-slurm`.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, Job, until
+from cluster import Cluster, Job
 from run_fixtures import assert_same_weights, rows_of
 
 NUM_REQUEUES = 6
@@ -31,7 +31,12 @@ SETTINGS = (
     "trainer.save_every=4",
     "trainer.eval_every=0",
 )
-ENVIRONMENT = {"CONFIG": "configs/tiny_cpu.yaml", "PYTHON": sys.executable, "GPUS_PER_NODE": "1", "DOCTOR": "off"}
+ENVIRONMENT = {
+    "CONFIG": "configs/tiny_cpu.yaml",
+    "PYTHON": sys.executable,
+    "GPUS_PER_NODE": "1",
+    "DOCTOR": "off",
+}
 
 
 @dataclass(slots=True)
@@ -41,7 +46,9 @@ class Story:
     cluster: Cluster
     run_dir: Path
     jobs: list[Job] = field(default_factory=list)
-    faults: dict[str, str] = field(default_factory=dict)  # name, what the run looked like when it trained again
+    faults: dict[str, str] = field(
+        default_factory=dict
+    )  # name, what the run looked like when it trained again
     steps: int = 0  # of the finished run
 
     def submit(self, max_steps: int, **more: str) -> Job:
@@ -60,27 +67,26 @@ class Story:
         rows = path.read_text().split("\n")[:-1] if path.exists() else []
         return json.loads(rows[-1])["step"] if rows else -1
 
-    def trained_beyond(self, step: int, what: Callable[[], str]) -> None:
-        until(lambda: self.last_step() > step, seconds=180, what=what)
-
     def survives(self, name: str, fault: Callable[[], object]) -> None:
         """Injects a fault that requeues the job, and waits until it trains again."""
         job, count = self.jobs[-1], len(self.faults) + 1
-        began, before = time.monotonic(), self.last_step()
+        began = time.monotonic()
         fault()
         job.restarted(count)
-        # A fault without a checkpoint goes back by up to save_every steps.
-        resumed = f"restart {count}:"
-        job.says(resumed)
-        until(lambda: self.last_step() > before, seconds=180, what=job.text)
+        self.trains_on()
         self.faults[name] = f"on {job.state().nodes} again after {time.monotonic() - began:.0f} s"
+
+    def trains_on(self) -> None:
+        """Waits for a step more than there are."""
+        before = self.last_step()
+        self.jobs[-1].reaches(lambda: self.last_step() > before)
 
 
 @pytest.fixture(scope="module")
 def story(cluster: Cluster) -> Story:
     story = Story(cluster=cluster, run_dir=cluster.folder / "story")
     job = story.submit(5000)
-    story.trained_beyond(0, job.text)
+    story.trains_on()
     for number in range(1, NUM_REQUEUES + 1):
         story.survives(f"SIGUSR1 and requeue, number {number}", lambda: job.signal_shell("USR1"))
     story.survives("preemption", lambda: _urgent_job(cluster))
@@ -107,7 +113,9 @@ def undisturbed(story: Story) -> Path:
 
 
 def _urgent_job(cluster: Cluster) -> None:
-    cluster.run("sbatch", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    cluster.run(
+        "sbatch", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"
+    )
 
 
 def test_every_fault_was_survived(story: Story, capsys: pytest.CaptureFixture[str]):
@@ -123,7 +131,9 @@ def test_a_stop_loses_no_step(story: Story):
     """Each stop by a signal saved its last step, also that of scancel; the next start went on from there."""
     text = story.jobs[0].text()
     assert text.count("stopped by SIGUSR1") >= NUM_REQUEUES
-    assert text.count("stopped by SIG") == NUM_REQUEUES + 2  # at the preemption and at scancel it may be SIGTERM
+    assert (
+        text.count("stopped by SIG") == NUM_REQUEUES + 2
+    )  # at the preemption and at scancel it may be SIGTERM
     assert "ended from outside" in text
     assert "resumed from" in story.jobs[1].text()
 
@@ -159,7 +169,11 @@ def test_the_export_is_evaluated(story: Story):
     folder = story.cluster.folder / "evaluation"
     env = ENVIRONMENT | {"CONFIG": "configs/evaluation_tiny.yaml"}
     job = story.cluster.submit(
-        "evaluate.sh", f"model.path={story.run_dir / 'hf'}", f"output_dir={folder}", "rollout.engine=native", env=env
+        "evaluate.sh",
+        f"model.path={story.run_dir / 'hf'}",
+        f"output_dir={folder}",
+        "rollout.engine=native",
+        env=env,
     )
     assert job.ended().name == "COMPLETED", job.text()
     assert json.loads((folder / "results.json").read_text())

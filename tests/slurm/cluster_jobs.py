@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from cluster import ROOT, Cluster, Job, until
+from cluster import ROOT, Cluster, Job
 
 SEVEN = "train_qwen7b.sh"
 TWO_NODES = ("--nodes=2",)
@@ -25,7 +25,7 @@ def run_dirs(cluster: Cluster, name: str) -> list[str]:
 
 
 def test_a_job_starts_the_preflight_and_one_torchrun_a_node(cluster: Cluster):
-    override = "data.prompt_column=a b's \"$HOME\" *"
+    override = 'data.prompt_column=a b\'s "$HOME" *'
     job = cluster.submit(
         SEVEN, override, options=(*TWO_NODES, "--time=30"), env=cluster.stand_in("train=finish", "one")
     )
@@ -43,7 +43,9 @@ def test_a_job_starts_the_preflight_and_one_torchrun_a_node(cluster: Cluster):
         assert note["environment"]["CUDA_VISIBLE_DEVICES"] == "0,1"
         end_time = float(line[line.index("--end-time") + 1])
         assert abs(end_time - time.time() - 30 * 60) < 60
-    assert all(note["argv"][:3] == ["launch/doctor.py", "--config", "configs/tiny_cpu.yaml"] for note in doctors)
+    assert all(
+        note["argv"][:3] == ["launch/doctor.py", "--config", "configs/tiny_cpu.yaml"] for note in doctors
+    )
 
 
 def test_a_failed_preflight_stops_the_job(cluster: Cluster):
@@ -89,7 +91,8 @@ def test_requeues_are_bounded(cluster: Cluster):
     assert "MAX_RESTARTS=1 allows no other" in job.text()
     # Requeued by others, it ends before it starts anything.
     cluster.run("scontrol", "requeue", job.id)
-    job.says("this is restart 2, and MAX_RESTARTS=1")
+    assert job.ended().restarts == 2
+    assert "this is restart 2, and MAX_RESTARTS=1" in job.text()
     assert len(cluster.notes("bound")) == 2
 
 
@@ -160,11 +163,13 @@ def test_a_job_submitted_from_elsewhere_needs_the_repository(cluster: Cluster):
     states = []
     for output, more in zip(outputs, ({}, {"FEC_ROOT": str(ROOT)}), strict=True):
         command = ("env", f"--chdir={cluster.folder}", *line[:2], f"--output={output}", *line[2:])
-        states.append(Job(cluster=cluster, id=cluster.run(*command, env=env | more).strip(), output=output).ended())
+        states.append(
+            Job(cluster=cluster, id=cluster.run(*command, env=env | more).strip(), output=output).ended()
+        )
     assert [state.name for state in states] == ["FAILED", "COMPLETED"]
     assert "Submit from the repository, or set FEC_ROOT to it." in outputs[0].read_text()
 
 
 def _reach(job: Job, cluster: Cluster, name: str, role: str = "train", count: int = 1) -> None:
     """Waits until so many processes of a role have started."""
-    until(lambda: len(cluster.notes(name, role)) >= count, seconds=60, what=lambda: f"{role} in {job.text()}")
+    job.reaches(lambda: len(cluster.notes(name, role)) >= count, seconds=60)

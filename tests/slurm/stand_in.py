@@ -4,7 +4,7 @@
 STAND_IN is ROLE=ACTION,... for the roles train, doctor and serve; NOTES names the folder of the notes, one file a process.
   finish  leaves DONE in the run folder        stop  exit code 0 without DONE, a stop at a checkpoint
   fail    exit code 3 on the second node, while the first goes on       die  exit code 4
-  wait    until a SIGUSR1, then stop; finish after a requeue            serve  until SIGTERM
+  wait    until a SIGUSR1, then stop; finish after a requeue            serve   says it is ready, until SIGTERM
 """
 
 import json
@@ -35,12 +35,18 @@ def main() -> None:
         while signal.SIGUSR1 not in asked and signal.SIGTERM not in asked:
             time.sleep(0.05)
     if action == "serve":
+        engines = run_dir() / "engines"
+        assert (engines / "key").stat().st_mode & 0o777 == 0o600
+        (engines / f"{os.environ['SLURM_PROCID']}.json").touch()
         while signal.SIGTERM not in asked:
             time.sleep(0.05)
     if action == "finish" or (action == "wait" and restarted):
-        run_dir = Path(next(word.split("=")[1] for word in sys.argv if word.startswith("trainer.run_dir=")))
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "DONE").touch()
+        run_dir().mkdir(parents=True, exist_ok=True)
+        (run_dir() / "DONE").touch()
+
+
+def run_dir() -> Path:
+    return Path(next(word.split("=")[1] for word in sys.argv if word.startswith("trainer.run_dir=")))
 
 
 def note(role: str) -> None:
