@@ -136,10 +136,11 @@ def killed_at_random(run_dir: Path, chance: random.Random, undisturbed: Undistur
         ranks = ranks_of(torchrun)
         if while_starting:
             delay = chance.uniform(0, undisturbed.seconds_to_start)
+            wait_for(torchrun, lambda: newest_step(run_dir) > before, delay)
         else:
             delay = chance.uniform(0, STEPS_BEFORE_A_KILL * undisturbed.seconds_a_step)
             wait_for(torchrun, lambda: newest_step(run_dir) > before)
-        wait_for(torchrun, lambda: False, delay)
+            wait_for(torchrun, lambda: False, delay)
         if torchrun.poll() is not None:
             assert torchrun.returncode == 0, torchrun.communicate()[0]
             return ""
