@@ -45,6 +45,10 @@ class Server:
         self._thread.start()
 
     @property
+    def engines(self) -> Path:
+        return self._run_dir / "engines"
+
+    @property
     def pid(self) -> int:
         assert self._child is not None
         return self._child.pid

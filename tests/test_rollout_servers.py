@@ -67,7 +67,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterat
 
 @pytest.fixture
 def relay(servers: list[Server], tmp_path: Path) -> Iterator[Relay]:
-    relay = Relay(engines(servers[0]), tmp_path / "engines", [server.port for server in servers])
+    relay = Relay(servers[0].engines, tmp_path / "engines", [server.port for server in servers])
     yield relay
     relay.close()
 
@@ -80,10 +80,6 @@ def prompts(model_dir: Path) -> list[Prompt]:
         Prompt(prompt_id=i, text=text, token_ids=tuple(tokenizer(text)["input_ids"]), answer="", verifier="")
         for i, text in enumerate(texts)
     ]
-
-
-def engines(server: Server) -> Path:
-    return server._run_dir / "engines"
 
 
 def gloo(address: str, world_size: int, timeout: float) -> GlooSender:
@@ -108,7 +104,7 @@ def engine_of(folder: Path, model_dir: Path, said: list[str], **more: Any) -> Se
 @pytest.fixture(scope="module")
 def expected(servers: list[Server], model_dir: Path, prompts: list[Prompt]) -> list[SampleGroup]:
     """Of an undisturbed call, with weights of version 1."""
-    engine = engine_of(engines(servers[0]), model_dir, [])
+    engine = engine_of(servers[0].engines, model_dir, [])
     engine.refit(weights(model_dir).items(), version=1)
     return engine.generate(prompts, SAMPLING)
 
@@ -145,7 +141,7 @@ def test_they_sample_by_the_weights_that_were_sent(
     servers: list[Server], model_dir: Path, prompts: list[Prompt], expected: list[SampleGroup]
 ) -> None:
     assert largest_error(model_dir, 1.0, expected) < 1e-4  # measured 2e-6; stale weights are off by 0.1
-    engine = engine_of(engines(servers[0]), model_dir, [])
+    engine = engine_of(servers[0].engines, model_dir, [])
     engine.refit(weights(model_dir, 1.2).items(), version=5)
     groups = engine.generate(prompts, SAMPLING)
     assert {s.weight_version for g in groups for s in g.samples} == {5}
@@ -159,7 +155,7 @@ def test_they_sample_by_the_weights_that_were_sent(
 def test_one_engine_samples_what_two_do(
     servers: list[Server], model_dir: Path, prompts: list[Prompt], expected: list[SampleGroup], tmp_path: Path
 ) -> None:
-    relay = Relay(engines(servers[0]), tmp_path / "engines", [servers[1].port])
+    relay = Relay(servers[0].engines, tmp_path / "engines", [servers[1].port])
     engine = engine_of(relay.folder, model_dir, [])
     engine.refit(weights(model_dir).items(), version=1)
     assert_same_samples(engine.generate(prompts, SAMPLING), expected)
@@ -169,7 +165,7 @@ def test_one_engine_samples_what_two_do(
 def test_it_samples_while_the_caller_works(
     servers: list[Server], model_dir: Path, prompts: list[Prompt], expected: list[SampleGroup]
 ) -> None:
-    engine = engine_of(engines(servers[0]), model_dir, [])
+    engine = engine_of(servers[0].engines, model_dir, [])
     engine.refit(weights(model_dir).items(), version=1)
     engine.start(prompts, SAMPLING)
     with pytest.raises(AssertionError, match="call finish first"):
@@ -181,7 +177,7 @@ def test_it_samples_while_the_caller_works(
 
 
 def test_requests_are_signed_and_answered_once(servers: list[Server]) -> None:
-    address, key = address_of(engines(servers[0]), servers[0].port), read_key(engines(servers[0]))
+    address, key = address_of(servers[0].engines, servers[0].port), read_key(servers[0].engines)
     request = Request(path="/health", instance=address.instance, session="test", count=1, body=b"{}")
     ask = partial(send, address.host, address.port, timeout=10.0)
     assert ask(request, key=key)[0] == 200
@@ -199,12 +195,12 @@ def test_requests_are_signed_and_answered_once(servers: list[Server]) -> None:
 
 
 def test_they_listen_on_the_given_address_and_keep_the_key_secret(servers: list[Server]) -> None:
-    key = read_key(engines(servers[0])).hex()
+    key = read_key(servers[0].engines).hex()
     for server in servers:
         assert listening(server.pid) == {"127.0.0.1"}
         assert key not in server.lines and key.encode() not in server.command_line()
         assert key.encode() not in Path(f"/proc/{server.pid}/environ").read_bytes()
-    assert [path.name for path in engines(servers[0]).iterdir() if key in path.read_text()] == ["key"]
+    assert [path.name for path in servers[0].engines.iterdir() if key in path.read_text()] == ["key"]
 
 
 def listening(pid: int) -> set[str]:
@@ -292,7 +288,7 @@ def test_wrong_answers_are_named_and_asked_of_another_engine(
     relay.before[servers[0].port] = lambda path: path != "/quit"
     engine.refit(weights(model_dir).items(), version=1)
     assert_same_samples(engine.generate(prompts, SAMPLING), expected)
-    name = address_of(engines(servers[0]), servers[0].port).name
+    name = address_of(servers[0].engines, servers[0].port).name
     assert any(name in text and re.search(named, text) for text in said), said
     assert engine.counts() == {"engine_restarts": 0.0, "resent_prompts": 6.0}
 
@@ -402,7 +398,7 @@ def test_an_error_of_rank_0_is_raised_on_all_ranks(
         relay.before[server.port] = lambda path: path != "/quit"
 
     def work(rank: int) -> tuple[list[SampleGroup], str]:
-        engine = engine_of(engines(servers[0]), model_dir, [])
+        engine = engine_of(servers[0].engines, model_dir, [])
         engine.refit(weights(model_dir).items(), version=1)
         groups = engine.generate(prompts, SAMPLING)
         broken = engine_of(relay.folder, model_dir, [], deadlines=replace(FAST, restart=0.0))
@@ -444,7 +440,7 @@ def test_a_bucket_that_arrives_changed_is_sent_again(
 ) -> None:
     """And an engine that never gets it right is started again; meanwhile the other one samples."""
     said: list[str] = []
-    relay_0 = Relay(engines(servers[0]), relay.folder.parent / "one", [servers[0].port])
+    relay_0 = Relay(servers[0].engines, relay.folder.parent / "one", [servers[0].port])
     engine = engine_of(relay_0.folder, model_dir, said, make_sender=flipping)
     FlippingSender.flips = 2
     engine.refit(weights(model_dir).items(), version=1)
@@ -470,7 +466,7 @@ def test_a_killed_engine_is_started_again_and_finishes_its_prompts(
 ) -> None:
     """The only one, in the middle of a call: it comes back without weights, gets them, and no prompt is lost."""
     server, said = servers[1], []
-    relay = Relay(engines(server), tmp_path / "engines", [server.port])
+    relay = Relay(server.engines, tmp_path / "engines", [server.port])
     engine = engine_of(relay.folder, model_dir, said)
     engine.refit(weights(model_dir).items(), version=1)
     starts, kills = server.starts, [server.pid]
