@@ -30,6 +30,7 @@ DOCUMENTS = [
     "docs/strategies.md",
     "docs/evaluation.md",
     "docs/replay.md",
+    "docs/doctor.md",
 ]
 TOP_LEVEL = "configs|docs|launch|megatron_fec|requirements|tests"  # tracked folders; runs/ is made by running
 SECTIONS = "model|policy|optimizer|algorithm|rollout|data|warm_start|trainer"
