@@ -237,7 +237,9 @@ class _Doctor:
             )
             for fault in faults:
                 print(f"doctor: {fault.line()}", flush=True)
-            for name in silent:
+            for name in sorted(
+                set(silent) - {fault.node for fault in faults}
+            ):  # the others are named already
                 print(f"doctor: {name} stopped answering: look whether it is still up", flush=True)
         nodes.part(seconds=STEP_SECONDS)
         return 1 if faults or silent else 0

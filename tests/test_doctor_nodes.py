@@ -152,6 +152,20 @@ def test_clocks_of_one_machine_agree():
         assert abs(offset) <= error + 0.001
 
 
+def test_a_clock_that_is_ahead_is_named():
+    """The clock of n2's process is set half a minute forward."""
+    true_time = time.time
+
+    def job(nodes: Nodes) -> Finding:
+        if nodes.node.rank == 1:
+            time.time = lambda: true_time() + 30
+        return check_clocks(nodes, seconds=20)
+
+    findings = on_nodes(3, job)
+    assert [each.level for each in findings] == [OK, FAULT, OK]
+    assert float(findings[1].text.split()[0]) == pytest.approx(30, abs=1)
+
+
 def test_a_node_that_does_not_ask_for_the_time_is_named(first: Nodes):
     finding = check_clocks(first, seconds=0.05)
     assert (finding.level, finding.text.split(" did")[0]) == (FAULT, "node 1")
