@@ -7,6 +7,9 @@ not been run on a GPU.
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
+import signal
 import socket
 import time
 from dataclasses import dataclass
@@ -30,6 +33,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from megatron_fec.rollout.weight_transfer import checksum, combined, gloo_group, layout, unpacked
 
 BACKEND = "buckets"
+PR_SET_PDEATHSIG = 1  # of Linux: a signal for this process when its parent ends
 
 
 @dataclass
@@ -189,6 +193,9 @@ class NcclSender:
             self._communicator = None
 
 
-# Workers that vLLM spawns import this module by the name of TransferState, and then know the backend.
+# Workers that vLLM spawns import this module by the name of TransferState, and then know the backend. A worker that is
+# caught in a collective does not see that its server was killed, and would keep the GPU from the next one.
+if multiprocessing.parent_process() is not None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, BucketTransferEngine)
