@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from ports import free_port
 from ranks import run_on_ranks
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] - documented
 
@@ -38,9 +38,7 @@ def node(rank: int = 0, count: int = 2, port: int | None = 0) -> Node:
 
 def on_nodes(count: int, job: Callable[[Nodes], Any]) -> list[Any]:
     """job(nodes) of every node, each a forked process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
 
     def on_rank(rank: int) -> Any:
         nodes = meet(node(rank, count, port), seconds=20)
