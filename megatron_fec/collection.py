@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_fec.algorithm.reward_shaping import select_informative
 from megatron_fec.config import RolloutConfig
 from megatron_fec.rollout.engine import Engine, Sampling, check_groups
+from megatron_fec.rollout.server_engine import ServerEngine
 from megatron_fec.seeds import derive_seed
 from megatron_fec.tasks.verifier import Handle, Verifier
 from megatron_fec.types import Prompt, SampleGroup
@@ -28,38 +29,57 @@ class Collection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ahead:
+    """A batch that is sampled before its step comes."""
+
+    seed: int  # names the batch
+    version: int  # of the weights that sample it
+    groups: list[SampleGroup] | None  # None while the engine works
+
+
+@dataclass(slots=True, kw_only=True)
 class Collector:
     """Engine and verifier of a run; all methods are collective over the world."""
 
     engine: Engine
     verifier: Verifier
     settings: RolloutConfig
+    ahead: Ahead | None = None
 
     def sample(
         self, prompts: Sequence[Prompt], *, group_size: int, version: int, seed: int
     ) -> list[SampleGroup]:
         """One group a prompt, of the weights `version`."""
-        sampling = Sampling(
-            group_size=group_size,
-            max_response_tokens=self.settings.max_response_tokens,
-            temperature=self.settings.temperature,
-            seed=seed,
-        )
-        groups = self.engine.generate(prompts, sampling)
+        groups = self.engine.generate(prompts, self._sampling(group_size, seed))
         check_groups(groups, weight_version=version, group_size=group_size)
         return groups
 
+    def start_ahead(self, prompts: Sequence[Prompt], *, version: int, seed: int) -> None:
+        """Begins with the first batch of the coming step while the caller trains; its `collect` has this seed."""
+        assert isinstance(self.engine, ServerEngine), "rollout.max_lag needs engines of their own"
+        self.engine.start(prompts, self._sampling(self.settings.group_size, seed))
+        self.ahead = Ahead(seed=seed, version=version, groups=None)
+
+    def finish_ahead(self) -> None:
+        """Waits for that batch, so that the engine is free for other weights."""
+        if self.ahead is not None and self.ahead.groups is None:
+            assert isinstance(self.engine, ServerEngine)
+            self.ahead = replace(self.ahead, groups=self.engine.finish())
+
     def collect(self, draw: Callable[[int], list[Prompt]], *, version: int, seed: int) -> Collection:
-        """A step's groups; draw(n) gives its n-th batch of prompts. Scoring goes on while the caller works."""
+        """A step's groups; draw(n) gives its n-th batch of prompts. Scoring goes on while the caller works.
+
+        With settings.max_lag, the first batch may be one that was sampled ahead, by older weights.
+        """
         if self.settings.max_refills:
             return self._with_signal(draw, version=version, seed=seed)
-        groups = self.sample(draw(0), group_size=self.settings.group_size, version=version, seed=seed)
+        groups = self._first_batch(draw, version=version, seed=seed)
         return Collection(
             groups=groups,
             scoring=self._start_scoring(groups),
             rewards=None,
             drawn=len(groups),
-            metrics={},
+            metrics=self._engine_metrics(groups, version),
         )
 
     def rewards(self, collection: Collection) -> tuple[list[list[float]], dict[str, float]]:
@@ -68,7 +88,7 @@ class Collector:
             return collection.rewards, collection.metrics
         assert collection.scoring is not None
         rewards, counts = self._finish_scoring(collection.scoring, len(collection.groups))
-        return rewards, _metrics(collection.groups, rewards) | counts
+        return rewards, _metrics(collection.groups, rewards) | counts | collection.metrics
 
     def score(self, groups: Sequence[SampleGroup]) -> list[list[float]]:
         """Rewards of the groups in order."""
@@ -86,13 +106,15 @@ class Collector:
         has_signal: list[bool] = []
         wanted, batches = self.settings.prompts_per_step, 0
         while sum(has_signal) < wanted and batches <= self.settings.max_refills:
-            # The first batch has the seed of a run without refills.
-            more = self.sample(
-                draw(batches),
-                group_size=self.settings.group_size,
-                version=version,
-                seed=derive_seed(seed, "refill", batches) if batches else seed,
-            )
+            if batches == 0:  # it has the seed of a run without refills
+                more = self._first_batch(draw, version=version, seed=seed)
+            else:
+                more = self.sample(
+                    draw(batches),
+                    group_size=self.settings.group_size,
+                    version=version,
+                    seed=derive_seed(seed, "refill", batches),
+                )
             scores, counts = self._finish_scoring(self._start_scoring(more), len(more))
             groups, rewards = groups + more, rewards + scores
             has_signal = select_informative(torch.tensor(rewards)).tolist()
@@ -107,11 +129,43 @@ class Collector:
             drawn=len(groups),
             metrics=_metrics(groups, rewards)
             | failed
+            | self._engine_metrics([groups[i] for i in chosen], version)
             | {
                 "refills": float(batches - 1),
                 "without_signal": sum(not has_signal[i] for i in chosen) / wanted,
             },
         )
+
+    def _first_batch(
+        self, draw: Callable[[int], list[Prompt]], *, version: int, seed: int
+    ) -> list[SampleGroup]:
+        """The batch that was sampled ahead, if it is this step's; else one of the current weights."""
+        self.finish_ahead()
+        ahead, self.ahead = self.ahead, None
+        if ahead is None or ahead.seed != seed:
+            return self.sample(draw(0), group_size=self.settings.group_size, version=version, seed=seed)
+        assert ahead.groups is not None
+        check_groups(
+            ahead.groups,
+            weight_version=version,
+            group_size=self.settings.group_size,
+            max_lag=self.settings.max_lag,
+        )
+        return ahead.groups
+
+    def _sampling(self, group_size: int, seed: int) -> Sampling:
+        return Sampling(
+            group_size=group_size,
+            max_response_tokens=self.settings.max_response_tokens,
+            temperature=self.settings.temperature,
+            seed=seed,
+        )
+
+    def _engine_metrics(self, groups: Sequence[SampleGroup], version: int) -> dict[str, float]:
+        """How old the weights were that sampled, in steps, and what befell the engines."""
+        lags = [version - sample.weight_version for group in groups for sample in group.samples]
+        counts = self.engine.counts() if isinstance(self.engine, ServerEngine) else {}
+        return {"lag": sum(lags) / len(lags), **counts}
 
     def _start_scoring(self, groups: Sequence[SampleGroup]) -> Handle:
         """Begins with this rank's share: every world-size-th group."""

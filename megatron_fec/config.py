@@ -17,6 +17,8 @@ from yaml import YAMLError
 
 from megatron_fec.context_split import sequence_multiple
 from megatron_fec.errors import ConfigError as ConfigError
+from megatron_fec.security import refuse_secrets
+from megatron_fec.server_config import check_servers, correct_staleness
 
 
 @dataclass(kw_only=True)
@@ -60,21 +62,16 @@ class ThresholdsConfig:
 class ScheduleConfig:
     name: str = MISSING  # key of algorithm.schedules.SCHEDULES
     total_steps: int = MISSING  # T of the formulas; may exceed trainer.max_steps, never the reverse
-    phase_ratio: float = 0.5  # id, did: the turn is at phase_ratio * T
-    lower_schedule: str | None = None  # id, did (required there): text | printed, two readings of phase II
-    options: dict[str, Any] = field(default_factory=dict)  # od, target: docs/strategies.md
+    options: dict[str, Any] = field(default_factory=dict)  # id, did, od, target: docs/strategies.md
 
 
 @dataclass(kw_only=True)
 class AlgorithmConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     thresholds: ThresholdsConfig = field(default_factory=ThresholdsConfig)
-    policy_loss: str = (
-        "clip"  # key of algorithm.losses.POLICY_LOSSES, "+" keys of ADDITIONS: clip+entropy_bonus
-    )
-    advantage: str = (
-        "grpo"  # key of algorithm.advantages.ADVANTAGES, "+" keys of REWARD_SHAPING: grpo+overlong
-    )
+    # Keys of POLICY_LOSSES and ADVANTAGES, "+" keys of ADDITIONS and REWARD_SHAPING: clip+entropy_bonus, grpo+overlong.
+    policy_loss: str = "clip"
+    advantage: str = "grpo"
     options: dict[str, Any] = field(default_factory=dict)  # of these two: docs/strategies.md
     aggregation: str = "token_mean"  # key of algorithm.losses.AGGREGATIONS
     prompts_per_update: int = MISSING  # size of one optimizer step's mini-batch, in prompts
@@ -83,19 +80,18 @@ class AlgorithmConfig:
 
 @dataclass(kw_only=True)
 class RolloutConfig:
-    engine: str = "vllm"  # vllm | native
+    engine: str = "vllm"  # vllm | native | servers, which are processes of their own: docs/rollout_servers.md
     tensor_parallel: int = 1
     prompts_per_step: int = MISSING
     group_size: int = 8
-    max_refills: int = (
-        0  # batches drawn in place of prompts whose rewards are all equal (dynamic sampling); 0 is off
-    )
+    max_refills: int = 0  # batches drawn for prompts whose rewards are all equal (dynamic sampling); 0 is off
     max_prompt_tokens: int = 1024  # longer prompts are filtered and counted
     max_response_tokens: int = 7168
     temperature: float = 1.0  # of sampling, and of every log-prob and entropy of the trainer
     seed_per_request: bool = True  # the same samples in every engine layout; costs decode speed on GPUs
     gpu_memory_utilization: float = 0.5  # vLLM's share of a GPU; unused on CPU
     mismatch_limit: float = 0.05  # largest mean |trainer - engine| log-prob after a refit
+    max_lag: int = 0  # 1: the next step is sampled while this one trains, by weights one step older
 
 
 @dataclass(kw_only=True)
@@ -123,11 +119,11 @@ class TrainerConfig:
     resume: str = "auto"  # auto | never
     save_every: int = 0  # steps; 0 saves at the end only
     keep_checkpoints: int = 2
+    async_save: bool = False  # training goes on while a checkpoint is written; takes its size in host memory
     eval_every: int = 0  # steps; 0 is off
     eval_samples: int = 8  # responses per validation prompt
-    dump_every: int = (
-        0  # steps; the training tokens of such a step go to dumps/ for megatron-fec replay; 0 is off
-    )
+    dump_every: int = 0  # steps; the tokens of such a step go to dumps/ for megatron-fec replay; 0 is off
+    on_nonfinite: str = "stop"  # stop | skip: an update whose log-probs, loss or gradients are not finite
     wandb: str = "off"  # off | offline | online
 
 
@@ -149,9 +145,11 @@ class Config:
 
     def validate(self) -> None:
         """Raises ConfigError naming setting, value, rule and remedy of the first broken rule."""
+        refuse_secrets(self)
         _check_choices(self)
         _check_ranges(self)
         _check_batch(self)
+        check_servers(self.rollout)
         _check_schedule(self)
 
 
@@ -160,8 +158,9 @@ CHOICES = {
     "policy.precision": ("bf16", "fp32"),
     "policy.recompute": ("none", "selective", "full"),
     "optimizer.lr_schedule": ("constant", "cosine"),
-    "rollout.engine": ("vllm", "native"),
+    "rollout.engine": ("vllm", "native", "servers"),
     "data.prompt_style": ("boxed", "chat", "plain"),
+    "trainer.on_nonfinite": ("stop", "skip"),
     "trainer.resume": ("auto", "never"),
     "trainer.wandb": ("off", "offline", "online"),
 }
@@ -230,6 +229,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         key = getattr(error, "full_key", None) or "a value"
         raise ConfigError(f"{key} in {path}: {str(error).splitlines()[0]}.") from error
     assert isinstance(config, Config)
+    correct_staleness(config.rollout, config.algorithm)
     config.validate()
     return config
 

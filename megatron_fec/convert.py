@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_fec.config import ConfigError, load_config
 from megatron_fec.policy.checkpoint import load_model_only, read_trainer_state
+from megatron_fec.policy.checkpoint_files import damage
 from megatron_fec.policy.model import load_hf_config
 from megatron_fec.policy.parallel import initialize_parallel
 from megatron_fec.policy.step import build_policy
@@ -28,6 +29,8 @@ def convert(checkpoint: Path, output: Path) -> None:
     layout = initialize_parallel(one_rank, seed=config.trainer.seed)
     source = local_model(config.model, run_dir, seed=config.trainer.seed)
     hf_config = load_hf_config(str(source))
+    if fault := damage(checkpoint):
+        raise ConfigError(f"{checkpoint} is damaged: {fault}. Convert another one.")
     read_trainer_state(
         checkpoint, hf_config=hf_config, distributed_optimizer=config.policy.distributed_optimizer
     )

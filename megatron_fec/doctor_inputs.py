@@ -24,7 +24,8 @@ from transformers.utils.logging import disable_progress_bar
 from megatron_fec.config import Config, ConfigError
 from megatron_fec.doctor_nodes import FAULT, OK, WARNING, Finding, Node
 from megatron_fec.dry_run import find_hf_config
-from megatron_fec.policy.checkpoint import find_checkpoints, read_trainer_state
+from megatron_fec.policy.checkpoint import read_trainer_state
+from megatron_fec.policy.checkpoint_files import find_checkpoints, read_manifest
 from megatron_fec.policy.model import load_hf_config
 from megatron_fec.policy.sizes import parameter_count
 from megatron_fec.policy.tiny_model import save_tiny_model
@@ -121,12 +122,17 @@ def _check_checkpoint(node: Node, config: Config, run_dir: Path, hf_config: Any)
         raise ConfigError(
             f"trainer.resume=never, but {newest.parent} holds {newest.name}. Use another trainer.run_dir."
         )
+    try:  # the checksums are compared by the run itself: that reads all of it
+        for name in read_manifest(newest):
+            with (newest / name).open("rb") as file:
+                file.read(1)
+    except (ValueError, FileNotFoundError) as error:
+        return node.finding(
+            "checkpoint", WARNING, f"{newest} is damaged ({error}): the run looks for an older one"
+        )
     state = read_trainer_state(
         newest, hf_config=hf_config, distributed_optimizer=config.policy.distributed_optimizer
     )
-    for path in newest.iterdir():
-        with path.open("rb") as file:
-            file.read(1)
     return node.finding("checkpoint", OK, f"{newest} can be read: the run goes on at step {state.step}")
 
 

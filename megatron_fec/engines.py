@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
+from transformers import AutoConfig
 
+from megatron_fec.policy.device import device
 from megatron_fec.policy.sampling import sample_responses
 from megatron_fec.policy.step import Policy
 from megatron_fec.rollout.engine import Engine, true_vocab_size
 from megatron_fec.rollout.native_engine import NativeEngine
+from megatron_fec.rollout.server_engine import ServerEngine
+from megatron_fec.rollout.weight_transfer import GlooSender, Sender
 
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -55,6 +60,27 @@ def vllm_engine(
         gpu_memory_utilization=gpu_memory_utilization,
         seed_per_request=seed_per_request,
     )
+
+
+def server_engine(folder: Path, model_dir: Path, tokenizer: Any, *, say: Callable[[str], None]) -> Engine:
+    """The rollout servers of RUN/engines, which load their own architecture of model_dir."""
+    return ServerEngine(
+        folder,
+        vocab_size=true_vocab_size(tokenizer),
+        is_tied=bool(AutoConfig.from_pretrained(model_dir, trust_remote_code=False).tie_word_embeddings),
+        make_sender=partial(_sender, device()),
+        say=say,
+    )
+
+
+def _sender(own: torch.device, address: str, world_size: int, timeout: float) -> Sender:
+    """From the device that holds the policy: NCCL between GPUs, gloo between CPUs."""
+    if own.type == "cpu":
+        return GlooSender(address=address, world_size=world_size, timeout=timeout)
+    # Imported only here: vLLM is an optional extra, and importing it takes seconds.
+    from megatron_fec.rollout.vllm_transfer import NcclSender
+
+    return NcclSender(address=address, world_size=world_size, timeout=timeout, device=own)
 
 
 def weight_files(model_dir: Path) -> list[Path]:

@@ -24,6 +24,7 @@ from megatron_fec.config import (
     override_layer,
 )
 from megatron_fec.evaluate import powers_of_two
+from megatron_fec.security import refuse_secrets
 
 FILE_NAME = re.compile(r"[\w-]+")
 
@@ -94,6 +95,7 @@ class EvaluationConfig:
 
     def validate(self) -> None:
         """Raises ConfigError naming setting, value, rule and remedy of the first broken rule."""
+        refuse_secrets(self)
         _check_choices(self)
         _check_ranges(self)
         _check_benchmarks(self)
@@ -136,7 +138,7 @@ def _unknown_key(key: str, path: str | Path) -> str:
 
 def _check_choices(config: EvaluationConfig) -> None:
     chosen = {"rollout.engine": config.rollout.engine, "policy.precision": config.policy.precision}
-    allowed = {key: CHOICES[key] for key in chosen}
+    allowed = {"rollout.engine": ("vllm", "native"), "policy.precision": CHOICES["policy.precision"]}
     for name, benchmark in config.benchmarks.items():
         chosen[f"benchmarks.{name}.prompt_style"] = benchmark.prompt_style
         allowed[f"benchmarks.{name}.prompt_style"] = CHOICES["data.prompt_style"]

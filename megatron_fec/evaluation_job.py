@@ -195,7 +195,8 @@ def _resume(
         found = len(read_generations(path, one.prompts, samples=samples, seeds=one.seeds)) // samples
         done[one.name] = found if found == len(one.prompts) else found // one.batch_size * one.batch_size
         _checked_write(lambda path=path, lines=done[one.name] * samples: keep_generations(path, lines))
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    text = OmegaConf.to_yaml(OmegaConf.structured(config))
+    _checked_write(lambda: (folder / "config.yaml").write_text(text))
     return done
 
 

@@ -14,11 +14,22 @@ import torch
 
 from megatron_fec.config import ConfigError, load_config
 from megatron_fec.evaluation_config import load_evaluation
+from megatron_fec.stop import end_time, listen
 
 
 def main() -> None:
-    """Trains. Exit codes: 0 done, 2 a setting is wrong (said once, by rank 0), 1 anything else."""
+    """Trains. Exit codes: 0 finished or stopped as asked, 2 a setting is wrong (said once, by rank 0), 1 anything else.
+
+    A finished run has a file DONE in its folder; a stopped one goes on when the same command is given again.
+    """
+    listen()
     parser = _parser("Train a policy with entropy-controlled GRPO.")
+    parser.add_argument(
+        "--end-time",
+        type=end_time,
+        metavar="EPOCH_SECONDS",
+        help="save and stop before this time, such as $(($(date +%%s) + 3600))",
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what the run would do, and end")
     parser.add_argument(
         "--nodes",
@@ -69,7 +80,7 @@ def _train(arguments: argparse.Namespace) -> None:
         return
     from megatron_fec.job import train
 
-    train(config)
+    train(config, end_time=arguments.end_time)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -88,6 +99,7 @@ def _free_port() -> int:
 
 def be_one_rank() -> None:
     """Defaults for a run outside torchrun, one thread a rank on CPU, and no chatter of libraries."""
+    os.umask(os.umask(0) | 0o002)  # a checkpoint that everyone may write would not be loaded (security.py)
     for name, value in {
         "RANK": "0",
         "WORLD_SIZE": "1",

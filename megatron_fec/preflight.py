@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoTokenizer
 
 from megatron_fec.config import Config, ConfigError, ModelConfig
-from megatron_fec.policy.checkpoint import TrainerState, find_checkpoints, read_trainer_state
+from megatron_fec.hub import hub_model
+from megatron_fec.policy.checkpoint import TrainerState, read_trainer_state
+from megatron_fec.policy.checkpoint_files import find_checkpoints, newest_whole
 from megatron_fec.policy.model import load_hf_config
 from megatron_fec.policy.parallel import check_model_sizes
 from megatron_fec.policy.tiny_model import save_tiny_model
 from megatron_fec.rollout.engine import true_vocab_size, vllm_is_available
+from megatron_fec.rollout.engine_folder import FolderError, read_addresses, read_key
 from megatron_fec.tasks.arithmetic import VOCABULARY
 from megatron_fec.tasks.prompts import PromptSet, load_prompts
 
+ENGINES_DIR = "engines"  # in the run folder: where rollout servers leave their addresses
 EMBEDDED = "embedded"  # model.path of the small random model that is made on the spot
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them holds the vocabulary
 BYTES_PER_PARAMETER = 16  # of a checkpoint: fp32 master weight and two moments, and the weight itself
@@ -39,8 +40,9 @@ class Inputs:
     tokenizer: Any
     train: PromptSet
     validation: PromptSet | None
-    checkpoint: Path | None  # to resume from
-    state: TrainerState | None  # of that checkpoint
+    checkpoint: Path | None = None  # to resume from
+    state: TrainerState | None = None  # of that checkpoint
+    damaged: dict[Path, str]  # newer checkpoints, and what is wrong with each
 
 
 def prepare_inputs(config: Config, *, data_parallel: int) -> Inputs:
@@ -48,7 +50,12 @@ def prepare_inputs(config: Config, *, data_parallel: int) -> Inputs:
     run_dir = Path(config.trainer.run_dir)
     on_all_ranks(lambda: _check_start(config, run_dir, data_parallel))
     model_dir = on_all_ranks(lambda: local_model(config.model, run_dir, seed=config.trainer.seed))
-    return on_all_ranks(lambda: _read_inputs(config, run_dir, model_dir))
+    inputs = on_all_ranks(lambda: _read_inputs(config, run_dir, model_dir))
+    checkpoint, damaged = newest_whole(run_dir / "checkpoints")
+    if checkpoint is None:
+        return inputs
+    state = on_all_ranks(lambda: _trainer_state(config, checkpoint, model_dir))
+    return replace(inputs, checkpoint=checkpoint, state=state, damaged=damaged)
 
 
 def on_all_ranks(work: Callable[[], Result]) -> Result:
@@ -77,7 +84,7 @@ def _read_inputs(config: Config, run_dir: Path, model_dir: Path) -> Inputs:
     hf_config = load_hf_config(str(model_dir))
     check_model(config, hf_config)
     check_disk(config, run_dir, model_dir)
-    checkpoint, state = _checkpoint(config, run_dir, hf_config)
+    check_resume(config, run_dir)
     tokenizer = load_tokenizer(config.model, model_dir, hf_config)
     return Inputs(
         model_dir=model_dir,
@@ -86,14 +93,15 @@ def _read_inputs(config: Config, run_dir: Path, model_dir: Path) -> Inputs:
         validation=read_prompts(config, "data.validation", config.data.validation, tokenizer)
         if config.data.validation
         else None,
-        checkpoint=checkpoint,
-        state=state,
+        damaged={},
     )
 
 
 def _check_engine(config: Config) -> None:
     if config.rollout.engine == "vllm":
         check_vllm(config.rollout.tensor_parallel)
+    if config.rollout.engine == "servers":
+        check_servers(Path(config.trainer.run_dir) / ENGINES_DIR)
     if config.trainer.wandb != "off" and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             f"trainer.wandb={config.trainer.wandb} needs the wandb package. Install it or set trainer.wandb=off."
@@ -120,6 +128,19 @@ def check_engines(tensor_parallel: int, *, world_size: int) -> None:
     if world_size % tensor_parallel:
         raise ConfigError(
             f"rollout.tensor_parallel={tensor_parallel} must divide the {world_size} processes of this run."
+        )
+
+
+def check_servers(folder: Path) -> None:
+    """Rollout servers of this job have left their addresses."""
+    try:
+        found = read_addresses(folder, read_key(folder))
+    except FolderError as error:
+        raise ConfigError(f"rollout.engine=servers: {error}") from error
+    if not found:
+        raise ConfigError(
+            f"rollout.engine=servers: {folder} names no engine of this job's key. Start one with launch/serve.py, or "
+            "use slurm/rollout_and_train.sh, which starts them with the trainer."
         )
 
 
@@ -166,15 +187,7 @@ def local_model(model: ModelConfig, folder: Path, *, seed: int) -> Path:
         return target
     if Path(path).is_dir():
         return Path(path)
-    try:
-        return Path(
-            snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"])
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(
-            f"model.path={path} is neither a folder nor a hub name that can be fetched: {str(error).splitlines()[0]} "
-            "Give a folder with config.json and *.safetensors, or check the name and the network."
-        ) from error
+    return hub_model(path)
 
 
 def load_tokenizer(model: ModelConfig, model_dir: Path, hf_config: Any) -> Any:
@@ -186,7 +199,7 @@ def load_tokenizer(model: ModelConfig, model_dir: Path, hf_config: Any) -> Any:
             f"{where} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there. Copy the model's own."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
     except Exception as error:  # a broken file raises whatever its parser does
         raise ConfigError(
             f"{where} holds no readable tokenizer: {error!r} Copy the model's own again."
@@ -204,7 +217,7 @@ def load_tokenizer(model: ModelConfig, model_dir: Path, hf_config: Any) -> Any:
 def check_model(config: Config, hf_config: Any) -> None:
     """The checkpoint's sizes go into the layout of policy and engine, and the longest sequence into its positions."""
     check_model_sizes(hf_config, config.policy)
-    if config.rollout.engine == "vllm":
+    if config.rollout.engine in ("vllm", "servers"):
         check_heads(config.rollout.tensor_parallel, hf_config)
     check_length(config.rollout.max_prompt_tokens, config.rollout.max_response_tokens, hf_config)
 
@@ -238,7 +251,9 @@ def check_disk(config: Config, run_dir: Path, model_dir: Path) -> None:
         )
     parameters = weights / 2  # bf16 files; an fp32 file only makes the estimate safer
     needed = parameters * BYTES_PER_PARAMETER * (config.trainer.keep_checkpoints + 1) + 2 * weights
-    free = shutil.disk_usage(run_dir).free
+    checkpoints = run_dir / "checkpoints"  # of an earlier start, which new ones replace
+    held = sum(file.stat().st_size for file in checkpoints.rglob("*") if file.is_file())
+    free = shutil.disk_usage(run_dir).free + held
     if free < needed:
         raise ConfigError(
             f"trainer.run_dir={run_dir} has {free / 1e9:.1f} GB free, and {config.trainer.keep_checkpoints + 1} "
@@ -247,22 +262,22 @@ def check_disk(config: Config, run_dir: Path, model_dir: Path) -> None:
         )
 
 
-def _checkpoint(config: Config, run_dir: Path, hf_config: Any) -> tuple[Path | None, TrainerState | None]:
+def check_resume(config: Config, run_dir: Path) -> None:
+    """trainer.resume=never starts in a folder without checkpoints."""
     found = find_checkpoints(run_dir / "checkpoints")
-    if not found:
-        return None, None
-    if config.trainer.resume == "never":
+    if found and config.trainer.resume == "never":
         raise ConfigError(
             f"trainer.resume=never, but {run_dir / 'checkpoints'} holds {found[-1].name}. "
             "Use another trainer.run_dir, or move that folder away."
         )
-    newest = found[-1]
-    if not os.access(newest, os.R_OK):
-        raise ConfigError(f"trainer.resume: {newest} cannot be read. Check its permissions.")
-    state = read_trainer_state(
-        newest, hf_config=hf_config, distributed_optimizer=config.policy.distributed_optimizer
+
+
+def _trainer_state(config: Config, checkpoint: Path, model_dir: Path) -> TrainerState:
+    return read_trainer_state(
+        checkpoint,
+        hf_config=load_hf_config(str(model_dir)),
+        distributed_optimizer=config.policy.distributed_optimizer,
     )
-    return newest, state
 
 
 def read_prompts(config: Config, setting: str, source: str, tokenizer: Any) -> PromptSet:

@@ -31,7 +31,7 @@ class Prompt:
     text: str  # what the engine sees, rendered
     token_ids: tuple[int, ...]
     answer: str  # what the verifier compares with
-    verifier: str  # key of tasks.verifier.SCORERS
+    verifier: str  # key of tasks.scorers.SCORERS
     extra: str = ""  # JSON for the verifier, "" when it needs none
 
 

@@ -6,7 +6,6 @@ Imports what the megatron-core 0.19 environment has, which is nothing above mega
 from __future__ import annotations
 
 import multiprocessing
-import queue
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from ranks import run_on_ranks
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -154,19 +152,13 @@ def on_layout(
     settings: PolicyConfig | None = None,
     *,
     data_parallel: int = 1,
-    has_helper: bool = False,
     **build_arguments: Any,
 ) -> list[Any]:
-    """job(policy) of every rank, in rank order; pipeline stages are the slowest axis, tensor ranks the fastest.
-
-    has_helper: saving starts megatron-core's helper process, which takes seconds.
-    """
+    """job(policy) of every rank, in rank order; pipeline stages are the slowest axis, tensor ranks the fastest."""
     chosen = settings or fp32()
 
     def on_rank(rank: int) -> Any:
         allow_children()
-        if not has_helper:
-            spare_the_helper()
         return job(build(model_dir, chosen, **build_arguments))
 
     model_ranks = chosen.tensor_parallel * chosen.pipeline_parallel * chosen.context_parallel
@@ -174,13 +166,8 @@ def on_layout(
 
 
 def allow_children() -> None:
-    """Lets this rank start processes, in which megatron-core 0.16 writes checkpoint files; a daemon may not."""
+    """Lets this rank start the process that saves in the background; a daemon may not."""
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
-
-
-def spare_the_helper() -> None:
-    """Saves without megatron-core's spawned helper, a process for one queue that this process fills and empties."""
-    filesystem_async._results_queue = queue.Queue()
 
 
 def make_groups(prompts: int = PROMPTS, group_size: int = GROUP_SIZE) -> list[SampleGroup]:
@@ -271,7 +258,7 @@ def clip_token_loss(
     aggregation: str = "token_mean",
 ) -> LossOutput:
     """The clipped surrogate with dynamic bounds, as the trainer builds it."""
-    schedule = ScheduleConfig(name="id", total_steps=1, lower_schedule="text")
+    schedule = ScheduleConfig(name="id", total_steps=1, options={"lower_schedule": "text"})
     algorithm = AlgorithmConfig(
         schedule=schedule, aggregation=aggregation, options={"dual_clip": DUAL_CLIP}, prompts_per_update=1
     )

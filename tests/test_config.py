@@ -15,7 +15,7 @@ from megatron_fec.config import (
 
 MINIMAL = """
 model: {path: embedded}
-algorithm: {prompts_per_update: 4, schedule: {name: id, total_steps: 6, lower_schedule: text}}
+algorithm: {prompts_per_update: 4, schedule: {name: id, total_steps: 6, options: {lower_schedule: text}}}
 rollout: {prompts_per_step: 12, group_size: 2, max_prompt_tokens: 10, max_response_tokens: 22}
 data: {train: embedded:countdown}
 trainer: {run_dir: runs/x, max_steps: 5}
@@ -99,7 +99,10 @@ def test_choices(minimal: Path, key: str):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["rollout.engine=vlm"], r"rollout\.engine=vlm must be one of vllm, native\. Did you mean vllm\?"),
+        (
+            ["rollout.engine=vlm"],
+            r"rollout\.engine=vlm must be one of vllm, native, servers\. Did you mean vllm\?",
+        ),
         (
             ["algorithm.schedule.nmae=id"],
             r"algorithm\.schedule\.nmae is not .* Did you mean algorithm\.schedule\.name\?",
@@ -143,11 +146,14 @@ def test_choices(minimal: Path, key: str):
         ),
         (["algorithm.prompts_per_update=12"], r"schedule\.name=id with one update per rollout does nothing"),
         (["trainer.max_steps=7"], r"schedule\.total_steps=6 must be at least trainer\.max_steps=7"),
-        (["algorithm.schedule.phase_ratio=1"], r"phase_ratio=1\.0 must be between 0 and 1"),
-        (["algorithm.schedule.lower_schedule=null"], r"lower_schedule=None must be text or printed for id"),
+        (["algorithm.schedule.options.phase_ratio=1"], r"phase_ratio=1 must be between 0 and 1"),
         (
-            ["algorithm.schedule.name=did", "algorithm.schedule.lower_schedule=txt"],
-            r"=txt must be text or printed for did",
+            ["algorithm.schedule.phase_ratio=0.4"],
+            r"phase_ratio is not a setting .*algorithm\.schedule\.options",
+        ),
+        (
+            ["algorithm.schedule.name=did", "algorithm.schedule.options.lower_schedule=txt"],
+            r"=txt must be one of text, printed",
         ),
         (
             ["algorithm.schedule.name=od", "algorithm.schedule.options.h_min_ratio=0"],
@@ -176,10 +182,9 @@ def test_bad_settings_name_setting_value_and_rule(minimal: Path, overrides: list
         [
             "algorithm.schedule.name=grpo",
             "algorithm.prompts_per_update=12",
-            "algorithm.schedule.lower_schedule=null",
         ],
         ["algorithm.prompts_per_update=12", "algorithm.epochs=2"],
-        ["algorithm.schedule.name=od", "algorithm.schedule.lower_schedule=null"],
+        ["algorithm.schedule.name=od"],
     ],
 )
 def test_settings_beside_the_rules_are_accepted(minimal: Path, overrides: list[str]):

@@ -14,7 +14,6 @@ import torch
 from policy_fixtures import (
     VOCABULARY,
     advantages,
-    allow_children,
     assert_same_weights,
     copied_weights,
     fp32,
@@ -23,7 +22,6 @@ from policy_fixtures import (
     on_layout,
     pack_for,
     save_model,
-    spare_the_helper,
 )
 from ranks import run_on_ranks
 from torch import Tensor
@@ -267,8 +265,6 @@ def test_two_steps_of_the_trainer_are_those_of_one_rank(
         config = load_config(Path(__file__).parents[1] / "configs" / "tiny_cpu.yaml", overrides)
 
         def job(rank: int) -> None:
-            allow_children()
-            spare_the_helper()
             train(config)
 
         run_on_ranks(context_parallel, job)

@@ -24,7 +24,7 @@ from megatron_fec.evaluation_config import load_evaluation
 from megatron_fec.evaluation_files import Generation
 from megatron_fec.policy.tiny_model import save_tiny_model
 from megatron_fec.rollout.engine import vllm_is_available
-from megatron_fec.tasks.verifier import score_math
+from megatron_fec.tasks.scorers import score_math
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,7 +17,9 @@ FLOORS = {  # first part of the name below megatron_fec
     "errors": 0,
     "metrics": 0,
     "seeds": 0,
+    "security": 0,
     "context_split": 0,
+    "server_config": 0,
     "algorithm": 0,
     "vocab_parallel": 1,
     "policy": 2,
@@ -27,6 +29,9 @@ FLOORS = {  # first part of the name below megatron_fec
     "token_loss": 4,
     "collection": 4,
     "strategy_state": 4,
+    "step_dump": 4,
+    "updates": 4,
+    "stop": 4,
     "marks": 4,
     "job": 4,
     "launcher": 4,
@@ -46,6 +51,8 @@ FLOORS = {  # first part of the name below megatron_fec
     "replay_output": 4,
     "report_panels": 4,
     "preflight": 4,
+    "hub": 4,
+    "serving": 4,
     "convert": 4,
     "dry_run": 4,
     "doctor": 4,
@@ -64,7 +71,10 @@ ONLY_IN = {
     "megatron": ("megatron_fec.policy",),
     "mbridge": ("megatron_fec.policy",),
     "transformer_engine": ("megatron_fec.policy",),
-    "vllm": ("megatron_fec.rollout.vllm_engine", "megatron_fec.rollout.vllm_cpu_worker"),
+    "vllm": tuple(
+        f"megatron_fec.rollout.vllm_{name}"
+        for name in ("parts", "engine", "cpu_worker", "server", "transfer")
+    ),
     "triton": ("megatron_fec.vocab_parallel.triton_kernel",),
 }
 MAX_LINES = 400
@@ -218,7 +228,8 @@ def test_another_trainer_needs_nothing_but_torch_for_the_loss():
 
 
 def test_verifier_processes_load_no_torch():
-    assert loaded_by(["megatron_fec.tasks.verifier"], ("torch", "vllm", "megatron", "transformers")) == set()
+    modules = ["megatron_fec.tasks.scorers", "megatron_fec.tasks.verifier_worker"]
+    assert loaded_by(modules, ("torch", "vllm", "megatron", "transformers")) == set()
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)

@@ -21,7 +21,8 @@ from transformers import AutoConfig
 from megatron_fec import preflight
 from megatron_fec.config import Config, ConfigError, load_config, save_config
 from megatron_fec.convert import convert
-from megatron_fec.policy.checkpoint import MODEL_SIZES, STATE_FILE
+from megatron_fec.policy.checkpoint import MODEL_SIZES
+from megatron_fec.policy.checkpoint_files import STATE_FILE, synced_digest, write_manifest
 from megatron_fec.policy.tiny_model import save_tiny_model
 from megatron_fec.preflight import Inputs, prepare_inputs
 from megatron_fec.tasks.arithmetic import VOCABULARY, countdown_rows
@@ -29,7 +30,7 @@ from megatron_fec.tasks.arithmetic import VOCABULARY, countdown_rows
 SETTINGS = """
 model: {path: embedded}
 policy: {precision: fp32, distributed_optimizer: false}
-algorithm: {prompts_per_update: 4, schedule: {name: id, total_steps: 6, lower_schedule: text}}
+algorithm: {prompts_per_update: 4, schedule: {name: id, total_steps: 6, options: {lower_schedule: text}}}
 rollout: {engine: native, prompts_per_step: 12, group_size: 3, max_prompt_tokens: 10, max_response_tokens: 22}
 data: {train: embedded:countdown, prompt_style: plain}
 trainer: {max_steps: 5}
@@ -90,9 +91,9 @@ def fake_checkpoint(run_dir: Path, model: Path, **sizes: int) -> Path:
         "model": {name: getattr(hf_config, name) for name in MODEL_SIZES} | sizes,
         "distributed_optimizer": False,
         "world_size": 1,
-        "files": MEGATRON_FILES,
     }
     (folder / STATE_FILE).write_text(json.dumps(state))
+    write_manifest(folder, {path.name: synced_digest(path) for path in folder.iterdir()})
     return folder
 
 
@@ -307,6 +308,9 @@ def test_too_little_disk(model: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         ConfigError, match=r"run has 0\.0 GB free, and 3 checkpoints of this model need 0\.0 GB\. Free"
     ):
         prepared(tmp_path, f"model.path={model}")
+    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "run" / "checkpoints" / "half").write_bytes(b"x")  # new ones take the place of those there
+    prepared(tmp_path, f"model.path={model}")
 
 
 # ------------------------------------------------------------------ checkpoints
@@ -320,20 +324,18 @@ def test_resume_never_with_a_checkpoint_there(model: Path, tmp_path: Path):
         prepared(tmp_path, f"model.path={model}", "trainer.resume=never")
 
 
-@pytest.mark.parametrize("name", [STATE_FILE, *MEGATRON_FILES])
-def test_a_half_written_checkpoint(model: Path, tmp_path: Path, name: str):
-    (fake_checkpoint(tmp_path / "run", model) / name).unlink()
+def test_a_damaged_checkpoint_is_passed_over(model: Path, tmp_path: Path):
+    older = fake_checkpoint(tmp_path / "run", model)
+    newest = shutil.copytree(older, older.with_name("step_000012"))
+    (newest / "common.pt").write_bytes(b"x")
+    inputs = prepared(tmp_path, f"model.path={model}")
+    assert inputs.checkpoint == older
+    assert inputs.damaged == {newest: "common.pt does not match its checksum"}
+    (older / "metadata.json").unlink()
     with pytest.raises(
-        ConfigError, match=rf"checkpoint .*step_000003 is incomplete, {name} is missing\. Remove that"
-    ):
-        prepared(tmp_path, f"model.path={model}")
-
-
-def test_a_cut_off_trainer_state(model: Path, tmp_path: Path):
-    state = fake_checkpoint(tmp_path / "run", model) / STATE_FILE
-    state.write_text(state.read_text()[:40])
-    with pytest.raises(
-        ConfigError, match=r"trainer_state\.json is not readable .* Remove that folder to resume from"
+        ConfigError,
+        match=r"no checkpoint in .*run/checkpoints is whole \(step_000012: common\.pt does not match its "
+        r"checksum; step_000003: metadata\.json is missing\)\. Put one back, or move that folder away to begin",
     ):
         prepared(tmp_path, f"model.path={model}")
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_fec.config import CHOICES, ConfigError, DataConfig
 from megatron_fec.tasks.arithmetic import countdown_rows
 from megatron_fec.tasks.prompts import PROMPT_STYLES, PromptOrder, PromptSet, load_prompts
-from megatron_fec.tasks.verifier import SCORERS
+from megatron_fec.tasks.scorers import SCORERS
 
 TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 TEMPLATE = TURNS + "{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -19,8 +19,7 @@ BOOST, SUPPRESS = (1.0, 0.0), (0.0, 1.0)
 def plan(name: str, total_steps: int = 400, **settings: Any) -> Schedule:
     if name in ("id", "did"):
         settings = {"lower_schedule": "text", **settings}
-    fields = {key: settings.pop(key) for key in ("phase_ratio", "lower_schedule") if key in settings}
-    return build_schedule(ScheduleConfig(name=name, total_steps=total_steps, options=settings, **fields))
+    return build_schedule(ScheduleConfig(name=name, total_steps=total_steps, options=settings))
 
 
 def at(schedule: Schedule, step: int, entropy: float = 1.0) -> tuple[float, float]:
@@ -221,14 +220,20 @@ def test_a_bad_entropy_stops_the_run(entropy: float) -> None:
         ({"name": "idd"}, "Did you mean id?"),
         (
             {"name": "id", "lower_schedule": None},
-            "algorithm.schedule.lower_schedule=None must be text or printed",
+            "algorithm.schedule.options.lower_schedule=None must be one of text, printed",
         ),
         (
             {"name": "did", "lower_schedule": "x"},
-            "algorithm.schedule.lower_schedule=x must be text or printed",
+            "algorithm.schedule.options.lower_schedule=x must be one of text, printed",
         ),
-        ({"name": "id", "phase_ratio": 1.0}, "algorithm.schedule.phase_ratio=1.0 must be between 0 and 1"),
-        ({"name": "did", "phase_ratio": 0.0}, "algorithm.schedule.phase_ratio=0.0 must be between 0 and 1"),
+        (
+            {"name": "id", "phase_ratio": 1.0},
+            "algorithm.schedule.options.phase_ratio=1.0 must be between 0 and 1",
+        ),
+        (
+            {"name": "did", "phase_ratio": 0.0},
+            "algorithm.schedule.options.phase_ratio=0.0 must be between 0 and 1",
+        ),
         (
             {"name": "id", "total_steps": 0},
             "algorithm.schedule.total_steps=0 must be an integer of at least 1",
@@ -246,13 +251,19 @@ def test_a_bad_entropy_stops_the_run(entropy: float) -> None:
         ),
         ({"name": "od", "h_min": 2.0, "h_init": 1.0}, "options.h_min=2.0 must be at most 1, algorithm"),
         ({"name": "od", "h_mim": 0.1}, "options.h_mim is not read by od. Did you mean h_min?"),
-        ({"name": "id", "h_min": 0.1}, "options.h_min is not read by id. It has no settings."),
+        (
+            {"name": "id", "h_min": 0.1},
+            "options.h_min is not read by id. Its settings are lower_schedule, phase_ratio.",
+        ),
         (
             {"name": "od", "phase_ratio": 0.4},
-            "schedule.phase_ratio=0.4 is not read by od. Remove it, or use id or did",
+            "options.phase_ratio is not read by od. Did you mean h_min_ratio?",
         ),
-        ({"name": "grpo", "lower_schedule": "text"}, "schedule.lower_schedule=text is not read by grpo"),
-        ({"name": "dynamic_upper", "phase_ratio": 0.3}, "phase_ratio=0.3 is not read by dynamic_upper"),
+        (
+            {"name": "grpo", "lower_schedule": "text"},
+            "options.lower_schedule is not read by grpo. It has no settings.",
+        ),
+        ({"name": "dynamic_upper", "phase_ratio": 0.3}, "options.phase_ratio is not read by dynamic_upper"),
     ],
 )
 def test_a_bad_setting_stops_at_construction(settings: dict[str, Any], message: str) -> None:

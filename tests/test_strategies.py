@@ -17,7 +17,7 @@ from megatron_fec.types import ClipBounds, LossInputs
 
 MINIMAL = """
 model: {path: embedded}
-algorithm: {prompts_per_update: 4, schedule: {name: id, total_steps: 6, lower_schedule: text}}
+algorithm: {prompts_per_update: 4, schedule: {name: id, total_steps: 6, options: {lower_schedule: text}}}
 rollout: {prompts_per_step: 12, group_size: 2, max_prompt_tokens: 10, max_response_tokens: 22}
 data: {train: embedded:countdown}
 trainer: {run_dir: runs/x, max_steps: 5}
@@ -59,7 +59,10 @@ def minimal(tmp_path: Path) -> Path:
             r"algorithm\.options\.dual_clip is not read by reinforce \+ grpo",
         ),
         (["algorithm.options.dual_clip=high"], r"dual_clip=high must be greater than 1, or null"),
-        (["algorithm.schedule.name=grpo", "algorithm.schedule.phase_ratio=0.3"], r"phase_ratio"),
+        (
+            ["algorithm.schedule.name=grpo", "algorithm.schedule.options.phase_ratio=0.3"],
+            r"phase_ratio is not read by grpo",
+        ),
         (["algorithm.schedule.options.h_init=1"], r"algorithm\.schedule\.options\.h_init is not read by id"),
         (
             ["algorithm.schedule.name=target"],
@@ -132,8 +135,9 @@ def test_every_strategy_loads_with_its_defaults(minimal: Path):
 
 
 def test_another_choice_drops_what_a_lower_layer_set_for_the_first(minimal: Path, tmp_path: Path):
-    assert load_config(minimal, ["algorithm.schedule.name=grpo"]).algorithm.schedule.lower_schedule is None
-    assert load_config(minimal, ["algorithm.schedule.name=did"]).algorithm.schedule.lower_schedule == "text"
+    assert load_config(minimal, ["algorithm.schedule.name=grpo"]).algorithm.schedule.options == {}
+    kept = load_config(minimal, ["algorithm.schedule.name=did"]).algorithm.schedule.options
+    assert kept == {"lower_schedule": "text"}
     upper = tmp_path / "upper.yaml"
     upper.write_text(
         "base: minimal.yaml\nalgorithm: {options: {dual_clip: 3.0}, schedule: {name: od, options: {h_min: 0.1}}}\n"

@@ -73,7 +73,10 @@ def test_all_variants_are_valid_configurations_and_are_used() -> None:
     assert (embedded.trainer.eval_every, embedded.warm_start.steps) == (32, 0)
     bandit = configuration(bandit_unit("id_0.3", steps=400))
     assert bandit.algorithm.thresholds.lower == [-0.13, 0.3]  # the paper's, not the quickstart's
-    assert bandit.algorithm.thresholds.upper == [-0.25, 0.5] and bandit.algorithm.schedule.phase_ratio == 0.3
+    assert (
+        bandit.algorithm.thresholds.upper == [-0.25, 0.5]
+        and bandit.algorithm.schedule.options["phase_ratio"] == 0.3
+    )
 
 
 def test_the_plan_has_each_unit_once_and_warm_starts_first() -> None:

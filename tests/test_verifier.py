@@ -13,19 +13,20 @@ from pathlib import Path
 import pytest
 from reasoning_gym import create_dataset
 
-from megatron_fec.tasks import verifier
+from megatron_fec.tasks import scorers, verifier, verifier_worker
 from megatron_fec.tasks.arithmetic import countdown_rows, demonstrations
-from megatron_fec.tasks.verifier import (
-    Verifier,
+from megatron_fec.tasks.scorers import (
     last_box,
     score_countdown,
     score_math,
     score_reasoning_gym,
     to_json,
 )
+from megatron_fec.tasks.verifier import Verifier
 from megatron_fec.types import Prompt, Sample, SampleGroup
 
 TIMEOUT = 2.0
+MAX_PID = 1 << 22
 
 
 def loop_for_ever(response: str, answer: str, extra: str) -> float:
@@ -34,15 +35,15 @@ def loop_for_ever(response: str, answer: str, extra: str) -> float:
 
 
 SCORERS = {
-    "length": lambda response, answer, extra: float(len(response)),
+    "length": lambda response, answer, extra: len(response) / 100,
     "hang": loop_for_ever,
     "exit": lambda response, answer, extra: os._exit(3),
-    "suicide": lambda response, answer, extra: os.kill(os.getpid(), signal.SIGKILL),
+    "abort": lambda response, answer, extra: os.abort(),
     "raise": lambda response, answer, extra: 1 / 0,
-    "memory": lambda response, answer, extra: float(len(bytearray(2 * verifier.MEMORY_BYTES))),
+    "memory": lambda response, answer, extra: float(len(bytearray(2 * verifier_worker.MEMORY_BYTES))),
     "print": lambda response, answer, extra: float(print("noise on stdout") is None),
     "torch": lambda response, answer, extra: float("torch" in sys.modules or "transformers" in sys.modules),
-    "pid": lambda response, answer, extra: float(os.getpid()),
+    "pid": lambda response, answer, extra: os.getpid() / MAX_PID,
 }
 
 
@@ -71,6 +72,11 @@ def pool() -> Iterator[Verifier]:
 
 def score(pool: Verifier, *groups: SampleGroup) -> verifier.VerifierResult:
     return pool.finish_step(pool.start_step(groups))
+
+
+def pid_of(pool: Verifier) -> int:
+    """The worker of a pool of one."""
+    return int(score(pool, group("pid", "")).rewards[0][0] * MAX_PID)
 
 
 # ------------------------------------------------------------------ scorers
@@ -151,9 +157,9 @@ def test_math_verify_agrees_with_every_demonstration() -> None:
 def test_verdicts_on_the_same_expression_are_cached() -> None:
     extra = json.dumps({"numbers": [3, 4, 5]})
     score_countdown("so 3 * 4 + 5", "17", extra)
-    hits = verifier._equal_arithmetic.cache_info().hits
+    hits = scorers._equal_arithmetic.cache_info().hits
     score_countdown("well 3 * um 4 + oh 5", "17", extra)
-    assert verifier._equal_arithmetic.cache_info().hits == hits + 1
+    assert scorers._equal_arithmetic.cache_info().hits == hits + 1
 
 
 @pytest.mark.parametrize("name", ["leg_counting", "rearc"])  # rearc compares tuples, which plain JSON loses
@@ -174,7 +180,7 @@ def test_score_reasoning_gym_reads_plain_json() -> None:
 
 def test_json_keeps_tuples_and_keys() -> None:
     value = {"a": (1, [2, (3,)]), "b": {0: "x", (1, 2): None}, "c": [{}, 1.5, True]}
-    assert json.loads(to_json(value), object_hook=verifier._restore) == value
+    assert json.loads(to_json(value), object_hook=scorers._restore) == value
 
 
 # ------------------------------------------------------------------ worker processes
@@ -208,27 +214,29 @@ def test_a_power_tower_times_out_and_the_queue_goes_on(pool: Verifier) -> None:
 
 @pytest.mark.parametrize(
     ("name", "timeouts", "crashes"),
-    [("hang", 1, 0), ("exit", 0, 1), ("suicide", 0, 1), ("raise", 0, 1), ("memory", 0, 1)],
+    [("hang", 1, 0), ("exit", 0, 1), ("abort", 0, 1), ("raise", 0, 1), ("memory", 0, 1)],
 )
 def test_one_bad_response_costs_its_own_reward_only(
     odd_pool: Verifier, name: str, timeouts: int, crashes: int
 ) -> None:
     result = score(odd_pool, group("length", "a"), group(name, "bad"), group("length", "ab", "abc"))
-    assert result == verifier.VerifierResult(rewards=[[1], [0], [2, 3]], timeouts=timeouts, crashes=crashes)
+    assert result == verifier.VerifierResult(
+        rewards=[[0.01], [0], [0.02, 0.03]], timeouts=timeouts, crashes=crashes
+    )
 
 
 def test_several_bad_responses_are_counted(odd_pool: Verifier) -> None:
     result = score(odd_pool, group("exit", "a", "b"), group("hang", "c"), group("length", "abcd"))
-    assert result == verifier.VerifierResult(rewards=[[0, 0], [0], [4]], timeouts=1, crashes=2)
+    assert result == verifier.VerifierResult(rewards=[[0, 0], [0], [0.04]], timeouts=1, crashes=2)
 
 
 def test_a_worker_killed_while_idle_costs_nothing(odd_pool: Verifier) -> None:
-    [[pid]] = score(odd_pool, group("pid", "")).rewards
-    os.kill(int(pid), signal.SIGKILL)
-    os.waitid(os.P_PID, int(pid), os.WEXITED | os.WNOWAIT)  # it is gone, and still for the pool to find
+    pid = pid_of(odd_pool)
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # it is gone, and still for the pool to find
     result = score(odd_pool, group("length", "a", "ab"), group("pid", ""))
-    assert result.rewards[0] == [1, 2] and result.crashes == 0
-    assert result.rewards[1] != [pid]
+    assert result.rewards[0] == [0.01, 0.02] and result.crashes == 0
+    assert result.rewards[1] != [pid / MAX_PID]
 
 
 def test_workers_stay_warm(odd_pool: Verifier) -> None:
@@ -247,7 +255,7 @@ def test_workers_do_not_import_torch(odd_pool: Verifier) -> None:
 
 
 def test_prints_do_not_disturb_the_protocol(odd_pool: Verifier) -> None:
-    assert score(odd_pool, group("print", ""), group("length", "\ud800 \n x")).rewards == [[1], [5]]
+    assert score(odd_pool, group("print", ""), group("length", "\ud800 \n x")).rewards == [[1], [0.05]]
 
 
 def test_an_unknown_verifier_is_refused(pool: Verifier) -> None:
@@ -270,21 +278,9 @@ def test_a_worker_that_cannot_start_is_an_error(tmp_path: Path, monkeypatch: pyt
 
 def test_close_ends_the_workers() -> None:
     pool = Verifier(2, TIMEOUT, scorers=__name__)
-    pids = set(score(pool, group("pid", *[""] * 20)).rewards[0])
+    pids = {reward * MAX_PID for reward in score(pool, group("pid", *[""] * 20)).rewards[0]}
     pool.close()
     assert pids
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(int(pid), 0)
-
-
-def test_an_orphan_ends_by_itself() -> None:
-    """A worker whose parent was killed: at once when idle, by its alarm when it hangs."""
-    idle, hanging = (verifier._Worker(__name__, 0.1) for _ in range(2))
-    idle._await_ready()
-    idle._pipe.close()
-    assert idle._process.wait(timeout=30) == 0
-    hanging._await_ready()
-    hanging._pipe.send_bytes(json.dumps(["hang", "", "", ""]).encode())
-    assert hanging._process.wait(timeout=30) == -signal.SIGALRM
-    hanging.kill()

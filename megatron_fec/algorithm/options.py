@@ -65,7 +65,9 @@ def check_options(
         for option, default in defaults_of(function).items():
             read[option] = function
             if default is inspect.Parameter.empty and option not in options:
-                raise ConfigError(f"{key}.{option} is required by {name}. Set it as {key}.{option}=VALUE.")
+                hint = get_type_hints(function, include_extras=True)[option]
+                values = "|".join(get_args(hint)) if get_origin(hint) is Literal else "VALUE"
+                raise ConfigError(f"{key}.{option} is required by {name}. Set it as {key}.{option}={values}.")
     for option, value in options.items():
         if option not in read:
             raise ConfigError(f"{key}.{option} is not read by {_joined(functions)}. {_remedy(option, read)}")

@@ -1,16 +1,16 @@
 """Entropy schedules of arXiv 2602.09782, section 4.2: (step, measured entropy) -> weights of the lines.
 
-Where the paper leaves a choice open or contradicts itself, the choice is a setting: a field of ScheduleConfig, or an
-option (algorithm.schedule.options), which is a keyword argument of the schedule's constructor.
+Where the paper leaves a choice open or contradicts itself, the choice is an option (algorithm.schedule.options), which
+is a keyword argument of the schedule's constructor.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields
 from fractions import Fraction
-from typing import Any, ClassVar, Protocol
+from functools import partial
+from typing import Any, Literal, Protocol
 
-from megatron_fec.algorithm.options import BelowOne, Positive, UpToOne, check_options, choose
+from megatron_fec.algorithm.options import BelowOne, Inside, Positive, UpToOne, check_options, choose
 from megatron_fec.algorithm.schedule_checks import check_entropy, check_state, check_total_steps, require
 from megatron_fec.algorithm.target import EntropyTarget
 from megatron_fec.config import ScheduleConfig
@@ -24,15 +24,13 @@ STATIC_WEIGHTS = {
 }
 BOOST = BlendWeights(upper=1.0, lower=0.0)
 SUPPRESS = BlendWeights(upper=0.0, lower=1.0)
+LowerSchedule = Literal[
+    "text", "printed"
+]  # two readings of phase II, which the paper's formula and text give
 
 
 class Schedule(Protocol):
-    """A plan for the two lines. Every rank must call it with the same float and gets the same weights.
-
-    READS names the fields of the config that it uses beside name, total_steps and options.
-    """
-
-    READS: ClassVar[frozenset[str]]
+    """A plan for the two lines. Every rank must call it with the same float and gets the same weights."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...  # (config: ScheduleConfig, *, options)
 
@@ -56,8 +54,6 @@ class Schedule(Protocol):
 
 class Static:
     """The same weights at every step."""
-
-    READS: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: ScheduleConfig) -> None:
         require(
@@ -83,16 +79,16 @@ class Static:
 class IncreaseDecrease:
     """ID: the upper line is on at first and fades out until the turn; the lower line is used after it."""
 
-    READS: ClassVar[frozenset[str]] = frozenset({"phase_ratio", "lower_schedule"})
-
-    def __init__(self, config: ScheduleConfig) -> None:
+    def __init__(
+        self, config: ScheduleConfig, *, lower_schedule: LowerSchedule, phase_ratio: Inside = 0.5
+    ) -> None:
         check_total_steps(config.total_steps)
-        _check_phases(config)
-        self._config = config
+        self._phase = partial(_phase, total_steps=config.total_steps, phase_ratio=phase_ratio)
+        self._lower_schedule: LowerSchedule = lower_schedule
 
     def weights(self, step: int, entropy: float) -> BlendWeights:
-        phase = _phase(step, self._config)
-        return BlendWeights(upper=max(phase, 0.0), lower=_phase_two_lower(phase, self._config))
+        phase = self._phase(step)
+        return BlendWeights(upper=max(phase, 0.0), lower=_phase_two_lower(phase, self._lower_schedule))
 
     def metrics(self) -> dict[str, float]:
         return {}
@@ -107,16 +103,16 @@ class IncreaseDecrease:
 class DecreaseIncreaseDecrease:
     """DID: the upper line fades in until the turn and stays; the lower line is used after the turn."""
 
-    READS: ClassVar[frozenset[str]] = frozenset({"phase_ratio", "lower_schedule"})
-
-    def __init__(self, config: ScheduleConfig) -> None:
+    def __init__(
+        self, config: ScheduleConfig, *, lower_schedule: LowerSchedule, phase_ratio: Inside = 0.5
+    ) -> None:
         check_total_steps(config.total_steps)
-        _check_phases(config)
-        self._config = config
+        self._phase = partial(_phase, total_steps=config.total_steps, phase_ratio=phase_ratio)
+        self._lower_schedule: LowerSchedule = lower_schedule
 
     def weights(self, step: int, entropy: float) -> BlendWeights:
-        phase = _phase(step, self._config)
-        return BlendWeights(upper=1.0 - max(phase, 0.0), lower=_phase_two_lower(phase, self._config))
+        phase = self._phase(step)
+        return BlendWeights(upper=1.0 - max(phase, 0.0), lower=_phase_two_lower(phase, self._lower_schedule))
 
     def metrics(self) -> dict[str, float]:
         return {}
@@ -135,8 +131,6 @@ class OscillatoryDecay:
     equals the ceiling, and rounding must not decide. H_init, unless configured, is the entropy of the first
     call; a checkpoint carries it, so that a resumed run does not measure it again.
     """
-
-    READS: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
         self,
@@ -204,32 +198,23 @@ SCHEDULES: dict[str, type[Schedule]] = {
 def build_schedule(config: ScheduleConfig) -> Schedule:
     """The schedule that `config.name` asks for; a setting that it does not read is an error."""
     schedule = choose(SCHEDULES, config.name, key="algorithm.schedule.name")
-    for item in fields(config):
-        if item.name in ("name", "total_steps", "options") or item.name in schedule.READS:
-            continue
-        value = getattr(config, item.name)
-        require(
-            value == item.default,
-            f"algorithm.schedule.{item.name}={value} is not read by {config.name}. Remove it, or use "
-            f"{' or '.join(name for name in SCHEDULES if item.name in SCHEDULES[name].READS)}.",
-        )
     check_options({config.name: schedule.__init__}, config.options, key="algorithm.schedule.options")
     return schedule(config, **config.options)
 
 
-def _phase(step: int, config: ScheduleConfig) -> float:
+def _phase(step: int, *, total_steps: int, phase_ratio: float) -> float:
     """lambda(k): 1 at step 0, 0 at the turn k = phase_ratio T, -1 from T on; 1 - 2k/T for the ratio 0.5.
 
     The turn itself belongs to phase I, as in the formulas. Fractions, because in floats 0.29 * 100 < 29 and
     the turn of that plan would be missed.
     """
-    total = Fraction(config.total_steps)
-    turn = Fraction(str(config.phase_ratio)) * total
+    total = Fraction(total_steps)
+    turn = Fraction(str(phase_ratio)) * total
     k = min(max(Fraction(step), Fraction(0)), total)
     return float(1 - k / turn if k <= turn else (turn - k) / (total - turn))
 
 
-def _phase_two_lower(phase: float, config: ScheduleConfig) -> float:
+def _phase_two_lower(phase: float, lower_schedule: LowerSchedule) -> float:
     """Weight of the lower line, 0 in phase I.
 
     Phase II has two readings. `text` goes from eps_std to the line, as the paper says. `printed` goes from
@@ -237,20 +222,7 @@ def _phase_two_lower(phase: float, config: ScheduleConfig) -> float:
     """
     if phase >= 0:
         return 0.0
-    return 1.0 + phase if config.lower_schedule == "printed" else -phase
-
-
-def _check_phases(config: ScheduleConfig) -> None:
-    require(
-        0 < config.phase_ratio < 1,
-        f"algorithm.schedule.phase_ratio={config.phase_ratio} must be between 0 and 1. The paper uses 0.5.",
-    )
-    require(
-        config.lower_schedule in ("text", "printed"),
-        f"algorithm.schedule.lower_schedule={config.lower_schedule} must be text or printed for "
-        f"{config.name}: the paper's formula of phase II contradicts its text. Use text for a plan without a jump "
-        "(docs/equations.md).",
-    )
+    return 1.0 + phase if lower_schedule == "printed" else -phase
 
 
 def _check_h_min(h_min: float | None, h_init: float, source: str) -> None:

@@ -158,7 +158,8 @@ def drop_unread(before: Any, merged: Any, layer: DictConfig) -> None:
     """Takes from `merged` what it inherits and does not read, where `layer` has chosen other strategies than `before`.
 
     Settings of a strategy that is no longer chosen go, also where the new one has a setting of that name: its own
-    default holds. What the layer sets itself stays; if nothing reads it, that is a mistake to be told.
+    default holds. Schedules keep the settings that both read, such as lower_schedule of id and did. What the layer sets
+    itself stays; if nothing reads it, that is a mistake to be told.
     """
     old, new = _algorithm(before), _algorithm(merged)
     own = merged.algorithm
@@ -172,12 +173,8 @@ def drop_unread(before: Any, merged: Any, layer: DictConfig) -> None:
     names = old.schedule.name, new.schedule.name
     if names[0] not in SCHEDULES or names[1] not in SCHEDULES:
         return
-    before_reads, reads = (SCHEDULES[name].READS for name in names)
-    if names[0] != names[1]:
-        _drop(
-            own.schedule.options, set(defaults_of(SCHEDULES[names[0]])), layer, "algorithm.schedule.options"
-        )
-    _reset(own.schedule, set(before_reads - reads), layer, "algorithm.schedule")
+    before_reads, reads = (defaults_of(SCHEDULES[name]).keys() for name in names)
+    _drop(own.schedule.options, set(before_reads - reads), layer, "algorithm.schedule.options")
     _reset(own.thresholds, unread_thresholds(new) - unread_thresholds(old), layer, "algorithm.thresholds")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from megatron_fec.algorithm.options import BelowOne, NotNegative, Positive
 from megatron_fec.algorithm.schedule_checks import check_entropy, check_state, check_total_steps, require
@@ -29,8 +29,6 @@ class EntropyTarget:
     Anti-windup: I stays as it is while u would be at its limit and e pushes it further. Weights outside [0, 1]
     extrapolate the lines, and clip_bounds floors the distances.
     """
-
-    READS: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
         self,

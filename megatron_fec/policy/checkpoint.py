@@ -1,18 +1,16 @@
-"""Checkpoints: Megatron's distributed format for model and optimizer, JSON for the trainer, one file of RNGs a rank.
+"""What a checkpoint holds: Megatron's distributed format for model and optimizer, the trainer's state, RNGs by rank.
 
-A checkpoint is written under a temporary name and renamed when every rank has finished, so a folder named step_NNNNNN
-is whole. Megatron's part is read through pickle (.metadata): load only checkpoints that you trust.
+Here it is collected and read back; checkpoint_save.py writes it. Megatron's part is read through pickle (.metadata),
+which can run any code: read_trainer_state, which comes before every load, refuses what a stranger can have written.
 """
 
 from __future__ import annotations
 
 import json
 import random
-import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,10 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.parallel_state import get_data_parallel_group
 
 from megatron_fec.config import ConfigError
+from megatron_fec.policy.checkpoint_files import STATE_FILE
 from megatron_fec.policy.step import Policy, unwrapped
+from megatron_fec.security import check_checkpoint
 
-STEP_NAME = re.compile(r"step_(\d{6,})")
-STATE_FILE = "trainer_state.json"
 # The sizes that a checkpoint's tensors must share with the model that reads them.
 MODEL_SIZES = (
     "model_type",
@@ -52,29 +50,25 @@ class TrainerState:
     strategies: dict[str, Any] = field(
         default_factory=dict
     )  # state of the loss and of the advantages, if any
-
-
-def find_checkpoints(directory: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
-    found = [path for path in directory.glob("step_*") if STEP_NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    skipped_updates: int = 0  # in the whole run, by trainer.on_nonfinite=skip
+    skips_in_a_row: int = 0  # up to now
+    unwritten: dict[str, float] = field(
+        default_factory=dict
+    )  # metrics of the last step, if a stop put off its validation
 
 
 def read_trainer_state(checkpoint: Path, *, hf_config: Any, distributed_optimizer: bool) -> TrainerState:
-    """The trainer's state, after checking that files are there and belong to this model; needs no process group."""
+    """The trainer's state, after checking that it belongs to this model; needs no process group."""
+    check_checkpoint(checkpoint)
     path = checkpoint / STATE_FILE
-    if not path.is_file():
-        raise _incomplete(checkpoint, [STATE_FILE])
     try:
         saved = json.loads(path.read_text())
         state = TrainerState(**saved["trainer"])
-        model, files, saved_kind = saved["model"], saved["files"], saved["distributed_optimizer"]
-    except (ValueError, KeyError, TypeError) as error:
+        model, saved_kind = saved["model"], saved["distributed_optimizer"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"trainer.resume: {path} is not readable ({error}). Remove that folder to resume from the one before it."
         ) from error
-    if missing := [name for name in files if not (checkpoint / name).is_file()]:
-        raise _incomplete(checkpoint, missing)
     for name, value in model.items():
         if getattr(hf_config, name) != value:
             raise ConfigError(
@@ -89,44 +83,10 @@ def read_trainer_state(checkpoint: Path, *, hf_config: Any, distributed_optimize
     return state
 
 
-def save_checkpoint(policy: Policy, directory: Path, state: TrainerState, *, keep: int) -> Path:
-    """Writes `directory/step_NNNNNN` on all ranks, atomically, and removes all but the newest `keep`."""
-    final = directory / f"step_{state.step:06d}"
-    writing = directory / f".writing_{final.name}"
-    if dist.get_rank() == 0:
-        for half_written in directory.glob(".writing_*"):
-            shutil.rmtree(half_written)
-        writing.mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save(
-        _sharded_state(policy, is_loading=False), str(writing), validate_access_integrity=False
-    )
-    torch.save(_rng_state(), writing / f"rng_{dist.get_rank():05d}.pt")
-    if dist.get_rank() == 0:
-        hf_config = policy.bridge.hf_config
-        saved = {
-            "trainer": asdict(state),
-            "model": {name: getattr(hf_config, name) for name in MODEL_SIZES},
-            "distributed_optimizer": _is_distributed(policy),
-            "world_size": dist.get_world_size(),
-            # Megatron's, which all ranks have written by now; a lost file of RNGs would harm no other layout.
-            "files": sorted(path.name for path in writing.iterdir() if not path.name.startswith("rng_")),
-        }
-        (writing / STATE_FILE).write_text(json.dumps(saved, indent=2))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        shutil.rmtree(final, ignore_errors=True)
-        writing.rename(final)
-        for old in find_checkpoints(directory)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return final
-
-
 def load_checkpoint(policy: Policy, checkpoint: Path) -> None:
     """Fills model, optimizer, the schedule's step and this rank's RNGs; the layout may differ from the saving one."""
     _allocate_torch_adam(policy)
-    wanted = _sharded_state(policy, is_loading=True)
+    wanted = sharded_state(policy, is_loading=True)
     settings = [_settings(group) for group in policy.optimizer.param_groups]
     loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(checkpoint))  # type: ignore[assignment]
     unwrapped(policy.model).load_state_dict(loaded["model"])
@@ -145,7 +105,7 @@ def load_checkpoint(policy: Policy, checkpoint: Path) -> None:
     if (
         rng_file.is_file()
     ):  # a larger world has ranks of which none was saved; their streams are derived from seeds
-        _load_rng_state(torch.load(rng_file, weights_only=True))
+        load_rng_state(torch.load(rng_file, weights_only=True))
 
 
 def load_model_only(policy: Policy, checkpoint: Path) -> None:
@@ -154,13 +114,6 @@ def load_model_only(policy: Policy, checkpoint: Path) -> None:
     wanted = {"model": model.sharded_state_dict(metadata=_sharding_metadata())}  # type: ignore[operator]
     loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(checkpoint))  # type: ignore[assignment]
     model.load_state_dict(loaded["model"])
-
-
-def _incomplete(checkpoint: Path, missing: list[str]) -> ConfigError:
-    return ConfigError(
-        f"trainer.resume: the checkpoint {checkpoint} is incomplete, {', '.join(missing)} is missing. "
-        "Remove that folder to resume from the one before it."
-    )
 
 
 def _sharding_metadata() -> dict[str, Any]:
@@ -172,14 +125,15 @@ def _sharding_metadata() -> dict[str, Any]:
     }
 
 
-def _sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
+def sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
+    """Megatron's part: this rank's shards of model and optimizer, and the step of the learning rate."""
     metadata = _sharding_metadata()
     model = unwrapped(policy.model).sharded_state_dict(metadata=metadata)  # type: ignore[operator]
     optimizer = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return {"model": model, "optimizer": optimizer, "scheduler": policy.scheduler.state_dict()}
 
 
-def _is_distributed(policy: Policy) -> bool:
+def is_distributed(policy: Policy) -> bool:
     return policy.model.ddp_config.use_distributed_optimizer
 
 
@@ -238,7 +192,8 @@ def _rng_tracker() -> Any:
     return tensor_parallel.get_cuda_rng_tracker()
 
 
-def _rng_state() -> dict[str, Any]:
+def rng_state() -> dict[str, Any]:
+    """Every random state of this rank, as types that torch.load reads with weights_only."""
     version, words, gauss = random.getstate()
     numpy_state: Any = np.random.get_state()
     kind, keys, position, has_gauss, cached = numpy_state
@@ -251,7 +206,8 @@ def _rng_state() -> dict[str, Any]:
     }
 
 
-def _load_rng_state(state: dict[str, Any]) -> None:
+def load_rng_state(state: dict[str, Any]) -> None:
+    """Goes back to what rng_state returned."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])

@@ -115,7 +115,7 @@ class PolicyModel(GPTModel):
 def load_hf_config(path: str) -> PretrainedConfig:
     """The checkpoint's configuration, of an architecture that is supported here."""
     try:
-        hf_config = AutoConfig.from_pretrained(path)
+        hf_config = AutoConfig.from_pretrained(path, trust_remote_code=False)  # it would ask
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.path={path} holds no readable Hugging Face checkpoint: {str(error).splitlines()[0]} "

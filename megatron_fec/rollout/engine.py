@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_fec.seeds import derive_seed
 from megatron_fec.types import Prompt, Sample, SampleGroup
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LOGPROB_SLACK = 1e-4  # fp32 log-softmax of a near-certain token may end a few ulp above 0
 
 
@@ -77,6 +78,25 @@ def request_seeds(prompts: Sequence[Prompt], seed: int) -> list[int]:
     return seeds
 
 
+def engine_weights(
+    weights: Iterable[tuple[str, Tensor]], *, vocab_size: int, is_tied: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """The stream without rows beyond the true vocabulary, and with the head of a tied model.
+
+    vLLM's CPU head keeps a packed copy of its own, which only a tensor named lm_head.weight renews.
+    """
+    head: Tensor | None = None
+    for name, tensor in weights:
+        if name in (EMBEDDING, HEAD):
+            tensor = tensor[:vocab_size]
+        if name == EMBEDDING and is_tied:
+            head = tensor
+        if not (name == HEAD and is_tied):
+            yield name, tensor
+    if head is not None:
+        yield HEAD, head
+
+
 def gather_groups(
     local: Sequence[SampleGroup],
     indices: Sequence[int],
@@ -91,8 +111,8 @@ def gather_groups(
     other ranks contribute nothing. `group` is the default group when None; without torch.distributed, the world is
     this process.
     """
-    packed = _Packed.of(local, indices) if is_leader else None
-    parts: list[_Packed | None] = [packed]
+    packed = PackedGroups.of([group.samples for group in local], indices) if is_leader else None
+    parts: list[PackedGroups | None] = [packed]
     if dist.is_initialized():
         parts = [None] * dist.get_world_size(group)
         dist.all_gather_object(parts, packed, group=group)
@@ -105,23 +125,36 @@ def gather_groups(
     return [SampleGroup(prompt=prompt, samples=groups[i]) for i, prompt in enumerate(prompts)]
 
 
-def check_groups(groups: Sequence[SampleGroup], *, weight_version: int, group_size: int) -> None:
-    """Raises RuntimeError naming prompt and sample of the first response that must not be trained on."""
+def check_groups(
+    groups: Sequence[SampleGroup], *, weight_version: int, group_size: int, max_lag: int = 0
+) -> None:
+    """Raises RuntimeError naming prompt and sample of the first response that must not be trained on.
+
+    max_lag: how many versions the weights that sampled may be older.
+    """
     for group in groups:
-        if len(group.samples) != group_size:
-            raise RuntimeError(
-                f"prompt {group.prompt.prompt_id}: the engine returned {len(group.samples)} samples, "
-                f"not rollout.group_size={group_size}."
-            )
-        for number, sample in enumerate(group.samples):
-            fault = _fault(sample, weight_version)
-            if fault:
-                raise RuntimeError(f"prompt {group.prompt.prompt_id}, sample {number}: {fault}.")
+        fault = group_fault(group, weight_version=weight_version, group_size=group_size, max_lag=max_lag)
+        if fault:
+            raise RuntimeError(f"{fault}.")
 
 
-def _fault(sample: Sample, weight_version: int) -> str:
+def group_fault(group: SampleGroup, *, weight_version: int, group_size: int, max_lag: int = 0) -> str:
+    """What is wrong with a group, naming prompt and sample; "" if nothing."""
+    name = f"prompt {group.prompt.prompt_id}"
+    if len(group.samples) != group_size:
+        return (
+            f"{name}: the engine returned {len(group.samples)} samples, not rollout.group_size={group_size}"
+        )
+    for number, sample in enumerate(group.samples):
+        fault = _fault(sample, weight_version, max_lag)
+        if fault:
+            return f"{name}, sample {number}: {fault}"
+    return ""
+
+
+def _fault(sample: Sample, weight_version: int, max_lag: int) -> str:
     """What is wrong with a sample, "" if nothing."""
-    if sample.weight_version != weight_version:
+    if not weight_version - max_lag <= sample.weight_version <= weight_version:
         return f"sampled by weights of version {sample.weight_version}, the policy is at version {weight_version}"
     if not sample.token_ids:
         return "the response has no token"
@@ -134,7 +167,7 @@ def _fault(sample: Sample, weight_version: int) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Packed:
+class PackedGroups:
     """Groups as flat arrays: pickling them is a copy of memory, not a walk over millions of Python numbers."""
 
     indices: list[int]  # of the groups
@@ -148,12 +181,12 @@ class _Packed:
     versions: list[int]
 
     @staticmethod
-    def of(groups: Sequence[SampleGroup], indices: Sequence[int]) -> _Packed:
+    def of(groups: Sequence[Sequence[Sample]], indices: Sequence[int]) -> PackedGroups:
         assert len(groups) == len(indices)
-        samples = [sample for group in groups for sample in group.samples]
-        return _Packed(
+        samples = [sample for group in groups for sample in group]
+        return PackedGroups(
             indices=list(indices),
-            group_sizes=[len(group.samples) for group in groups],
+            group_sizes=[len(group) for group in groups],
             lengths=[len(sample.token_ids) for sample in samples],
             token_ids=np.array([t for sample in samples for t in sample.token_ids], dtype=np.int32),
             logprobs=np.array([p for sample in samples for p in sample.logprobs], dtype=np.float64),

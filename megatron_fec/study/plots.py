@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
+from PIL import Image  # a dependency of matplotlib
 
 from megatron_fec.study.exact import FAMILIES
 from megatron_fec.study.experiments import FIG12, Experiment, Panel, reference_curve
@@ -79,8 +80,12 @@ def draw(experiment: Experiment, runs: Runs) -> bytes | None:
         DRAW[panel.kind](axes, panel, found)
         axes.legend(frameon=False, fontsize=6.5)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
-    return buffer.getvalue()
+    figure.savefig(buffer, format="png", dpi=100)
+    small = io.BytesIO()
+    Image.open(buffer).convert("RGB").quantize(128).save(
+        small, format="png", optimize=True
+    )  # a third of the size
+    return small.getvalue()
 
 
 def _runs_of(panel: Panel, seeds: Mapping[int, Mapping[str, Curves]]) -> dict[str, list[Curves]]:

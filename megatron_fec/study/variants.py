@@ -29,7 +29,7 @@ def _schedule(name: str, *settings: str) -> tuple[str, ...]:
 
 
 def _phased(name: str, *settings: str, reading: str = "text") -> tuple[str, ...]:
-    return _schedule(name, f"algorithm.schedule.lower_schedule={reading}", *settings)
+    return _schedule(name, f"algorithm.schedule.options.lower_schedule={reading}", *settings)
 
 
 def _static_upper(line: str) -> tuple[str, ...]:
@@ -56,7 +56,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "od_0.6": _schedule("od", _OD_HIGH),
     "static_id": _phased("id", *_CONSTANTS),
     "static_did": _phased("did", *_CONSTANTS),
-    **{f"id_{rho}": _phased("id", f"algorithm.schedule.phase_ratio={rho}") for rho in (0.3, 0.4, 0.6)},
+    **{
+        f"id_{rho}": _phased("id", f"algorithm.schedule.options.phase_ratio={rho}") for rho in (0.3, 0.4, 0.6)
+    },
     "target": _target("target_shape=cosine", "target_end=0.5"),
     "target_hold": _target("target_shape=constant"),
     # Every token that has moved towards its advantage loses its gradient, on one side; the base of the regions.

@@ -27,7 +27,7 @@ from reasoning_gym.factory import DATASETS as REASONING_GYM
 from megatron_fec.config import ConfigError
 from megatron_fec.seeds import derive_seed
 from megatron_fec.tasks.arithmetic import countdown_rows
-from megatron_fec.tasks.verifier import SCORERS, to_json
+from megatron_fec.tasks.scorers import SCORERS, to_json
 from megatron_fec.types import Prompt
 
 BOXED_INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -327,7 +327,7 @@ def _read_datasets(name: str, *parts: str) -> Iterable[Any]:
     config, split = (None, *(parts or ("train",)))[-2:]
     try:
         return datasets.load_dataset(name, config, split=split)
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: it holds a script
         raise _SourceError(
             f"could not be loaded as a file, folder or hub data set: {error}. "
             "Check the name; on a machine that is offline, give a .parquet file fetched elsewhere, or copy "

@@ -1,0 +1,36 @@
+"""The rules of rollout.engine=servers and rollout.max_lag."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_fec.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_fec.config import AlgorithmConfig, RolloutConfig
+
+
+def check_servers(rollout: RolloutConfig) -> None:
+    """Raises ConfigError naming setting, value, rule and remedy of the first broken rule."""
+    if rollout.max_lag not in (0, 1):
+        raise ConfigError(f"rollout.max_lag={rollout.max_lag} must be 0 or 1.")
+    if rollout.max_lag and rollout.engine != "servers":
+        raise ConfigError(
+            f"rollout.max_lag=1 needs rollout.engine=servers, not {rollout.engine}: that engine samples where the policy "
+            "trains. Start servers (docs/rollout_servers.md), or set rollout.max_lag=0."
+        )
+    if rollout.engine == "servers" and not rollout.seed_per_request:
+        raise ConfigError(
+            "rollout.seed_per_request=false does not go with rollout.engine=servers: a prompt that is sent again must get "
+            "the same samples. Set it to true."
+        )
+
+
+def correct_staleness(rollout: RolloutConfig, algorithm: AlgorithmConfig) -> None:
+    """With rollout.max_lag, importance weights are part of the loss unless it names some itself."""
+    if not rollout.max_lag:
+        return
+    from megatron_fec.algorithm.strategies import ONE_OF  # takes torch, and this module
+
+    if not ONE_OF & set(algorithm.policy_loss.split("+")):
+        algorithm.policy_loss += "+truncated_importance"
