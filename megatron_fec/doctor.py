@@ -241,6 +241,9 @@ class _Doctor:
                 set(silent) - {fault.node for fault in faults}
             ):  # the others are named already
                 print(f"doctor: {name} stopped answering: look whether it is still up", flush=True)
+        nodes.gather(
+            "summary", True, seconds=STEP_SECONDS
+        )  # srun may end all nodes when one leaves with code 1
         nodes.part(seconds=STEP_SECONDS)
         return 1 if faults or silent else 0
 

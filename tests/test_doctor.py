@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from ports import free_port
 from run_fixtures import COMMAND, CONFIG, ROOT
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] - documented
 
@@ -27,12 +28,6 @@ SECRETS = {
     "NCCL_PLANTED": SECRET,
     "AWS_SECRET_ACCESS_KEY": SECRET,
 }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager

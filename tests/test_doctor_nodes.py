@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from ports import free_port
 from ranks import run_on_ranks
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] - documented
 
@@ -38,13 +38,12 @@ def node(rank: int = 0, count: int = 2, port: int | None = 0) -> Node:
 
 def on_nodes(count: int, job: Callable[[Nodes], Any]) -> list[Any]:
     """job(nodes) of every node, each a forked process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
 
     def on_rank(rank: int) -> Any:
-        dist.destroy_process_group()  # the doctor makes its own
         nodes = meet(node(rank, count, port), seconds=20)
+        nodes.gather("connected", True, seconds=20)  # a group must not go while another rank still connects
+        dist.destroy_process_group()  # the doctor makes its own
         result = job(nodes)
         nodes.part(seconds=20)
         return result
@@ -252,6 +251,7 @@ def test_one_node_has_nothing_to_measure():
         ([40e9, 41e9, 39e9, 40e9], "nccl", [OK, OK, OK, OK]),
         ([40e9, 41e9, 19e9, 40e9], "nccl", [OK, OK, WARNING, OK]),
         ([40e9, 41e9, 2e9, 40e9], "nccl", [OK, OK, FAULT, OK]),
+        ([40e9, 99e9, 40e9, 40e9], "nccl", [OK, OK, OK, OK]),  # one that is fast makes nobody slow
         ([4e9, 4e9, 0.2e9], "gloo", [OK, OK, WARNING]),
     ],
 )
