@@ -53,6 +53,25 @@ LONG = {
     "trainer.eval_every": 20,
     "trainer.eval_samples": 4,
 }
+SMALL = {  # four short steps on two ranks, in which the weights and every state move without any reward
+    "model.path": "embedded",
+    "data.train": "embedded:countdown",
+    "data.validation": "embedded:countdown:validation",
+    "policy.tensor_parallel": 2,
+    "policy.micro_batch_tokens": 256,
+    "optimizer.lr_schedule": "cosine",
+    "algorithm.policy_loss": "clip+adaptive_entropy_bonus",
+    "algorithm.advantage": "dcpo",
+    "algorithm.options.entropy_target_ratio": 1.5,
+    "algorithm.prompts_per_update": 2,
+    "algorithm.schedule.name": "od",
+    "rollout.prompts_per_step": 4,
+    "rollout.group_size": 4,
+    "trainer.max_steps": 4,
+    "trainer.eval_every": 2,
+    "trainer.eval_samples": 1,
+    "trainer.keep_checkpoints": 9,
+}
 
 Row = dict[str, Any]
 
@@ -80,20 +99,17 @@ def command(run_dir: Path, settings: dict[str, Any], processes: int, launcher: s
 
 @contextmanager
 def started(
-    run_dir: Path,
-    settings: dict[str, Any],
-    processes: int = 1,
-    launcher: str = "script",
-    environment: dict[str, str] | None = None,
+    run_dir: Path, settings: dict[str, Any], processes: int = 1, launcher: str = "script", prefix: str = ""
 ) -> Iterator[subprocess.Popen[str]]:
-    """The run as a child in a session of its own, which is gone at the end. environment: beside this process's own."""
+    """The run as a child in a session of its own, which is gone at the end. prefix: what a shell does before it."""
     with socket.socket() as probe:  # the port of a run without torchrun
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    shell = ["bash", "-c", f'{prefix}; exec "$@"', "bash"] if prefix else []
     child = subprocess.Popen(
-        command(run_dir, settings, processes, launcher),
+        shell + command(run_dir, settings, processes, launcher),
         cwd=ROOT,
-        env=os.environ | {"MASTER_PORT": str(port), "WANDB_SILENT": "true"} | (environment or {}),
+        env=os.environ | {"MASTER_PORT": str(port), "WANDB_SILENT": "true"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
