@@ -6,6 +6,7 @@ Memory moves in prepare_for_* and finish_* only: the engine sleeps while the pol
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -64,6 +65,7 @@ class Trainer:
     saver: Saver = field(default_factory=Saver)
     engine_version: int | None = None  # of the weights in the engine
     saved_step: int = 0  # of the newest checkpoint
+    save_started: float = 0.0  # seconds, of that
 
     def fit(self) -> None:
         """Steps until trainer.max_steps: sample, score, log-probs, schedule, updates, log, save and evaluate when due.
@@ -185,20 +187,23 @@ class Trainer:
             schedule={"name": name, **self.schedule.state_dict()},
             strategies=self.strategy_state.state_dict(),
         )
-        with self.timers("save"):
-            self.saver.save(
-                self.policy,
-                Path(settings.run_dir) / "checkpoints",
-                state,
-                keep=settings.keep_checkpoints,
-                in_background=settings.async_save,
-            )
+        self.save_started = time.monotonic()
+        self.saver.save(
+            self.policy,
+            Path(settings.run_dir) / "checkpoints",
+            state,
+            keep=settings.keep_checkpoints,
+            in_background=settings.async_save,
+        )
         self.saved_step = state.step
         self.finish_training()
 
     def note_saved(self, *, wait: bool) -> None:
         """Tells of checkpoints that are on disk by now, and raises what went wrong with one in the background."""
         for saved in self.saver.finished(wait=wait):
+            self.stop.learn(
+                {"save": time.monotonic() - self.save_started}
+            )  # in the background, until it was seen
             self.log.note(f"saved {saved}")
 
     def load_state_dict(self, checkpoint: Path, state: TrainerState) -> None:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,23 @@ def test_a_run_stopped_at_every_kind_of_point_is_the_undisturbed_one(
 def test_what_is_saved_is_not_saved_twice(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run(tmp_path / "run", stop_at=7, **{"trainer.save_every": 1, "trainer.eval_every": 0})
     assert capfd.readouterr().out.count("saved ") == 2  # after each step; the stop before the third adds none
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_save_is_timed_until_it_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_background: bool
+) -> None:
+    learn, learned = Stop.learn, tmp_path / "learned"
+
+    def noted(self: Stop, seconds: Mapping[str, float]) -> None:
+        with learned.open("a") as file:
+            file.write("".join(f"{name}\n" for name, value in seconds.items() if value > 0))
+        learn(self, seconds)
+
+    monkeypatch.setattr(Stop, "learn", noted)
+    run(tmp_path / "run", **{"trainer.async_save": in_background, "trainer.max_steps": 1})
+    names = learned.read_text().split()
+    assert names.count("save") == 2 and names.count("step") == 2  # of two ranks
 
 
 @pytest.mark.slow
