@@ -33,6 +33,7 @@ from megatron_fec.preflight import (
     EMBEDDED,
     check_disk,
     check_model,
+    check_resume,
     check_vllm_package,
     load_tokenizer,
     read_prompts,
@@ -114,22 +115,20 @@ def _check_disk(node: Node, config: Config, run_dir: Path, model_dir: Path) -> F
 
 
 def _check_checkpoint(node: Node, config: Config, run_dir: Path, hf_config: Any) -> Finding:
+    check_resume(config, run_dir)
     found = find_checkpoints(run_dir / "checkpoints")
     if not found:
         return node.finding("checkpoint", OK, "none: the run starts at step 0")
     newest = found[-1]
-    if config.trainer.resume == "never":
-        raise ConfigError(
-            f"trainer.resume=never, but {newest.parent} holds {newest.name}. Use another trainer.run_dir."
-        )
     try:  # the checksums are compared by the run itself: that reads all of it
         for name in read_manifest(newest):
             with (newest / name).open("rb") as file:
                 file.read(1)
+    except ConfigError:
+        raise
     except (ValueError, FileNotFoundError) as error:
-        return node.finding(
-            "checkpoint", WARNING, f"{newest} is damaged ({error}): the run looks for an older one"
-        )
+        text = f"{newest} is damaged ({error}): the run looks for an older one"
+        return node.finding("checkpoint", WARNING, text)
     state = read_trainer_state(
         newest, hf_config=hf_config, distributed_optimizer=config.policy.distributed_optimizer
     )
