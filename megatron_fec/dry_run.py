@@ -224,6 +224,10 @@ def _sampling(config: Config, world_size: int) -> str:
     if rollout.engine == "native":
         samplers = data_parallel_size(policy, world_size) * policy.context_parallel
         return f"by the policy itself on {samplers} DP x CP ranks, {_share(rollout.prompts_per_step, samplers)} prompts each"
+    if rollout.engine != "vllm":
+        return (
+            f"by {rollout.engine} of {rollout.tensor_parallel} GPUs each, which are not among the ranks above"
+        )
     engines = world_size // rollout.tensor_parallel
     return f"{engines} engines of {rollout.tensor_parallel} GPUs, {_share(rollout.prompts_per_step, engines)} prompts each"
 

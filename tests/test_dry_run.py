@@ -146,6 +146,14 @@ def test_the_batch_arithmetic(tmp_path: Path):
     assert lines["the run"] == "80 steps: 40,960 responses, 1,920 updates"
 
 
+def test_engines_on_nodes_of_their_own_are_no_ranks(tmp_path: Path):
+    """Their size need not divide the number of ranks."""
+    settings = ["rollout.engine=servers", "rollout.tensor_parallel=2", "policy.tensor_parallel=1"]
+    text = dry_run_text(tiny(tmp_path, *settings), nodes=1, gpus_per_node=3)
+    assert "sampling     by servers of 2 GPUs each, which are not among the ranks above" in text
+    assert "what the engines hold on GPUs of their own" in text
+
+
 @pytest.mark.parametrize(
     ("overrides", "gpus", "message"),
     [
