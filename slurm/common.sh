@@ -94,7 +94,7 @@ prepare() {
         mapfile -t NODES < <(seq -f 'node%g' "$NUM_NODES")
         : "${GPUS_PER_NODE:=$(header gpus-per-node)}"
     fi
-    [[ $GPUS_PER_NODE ]] || fail "the job has no GPUs. Ask for them (--gpus-per-node=8), or set GPUS_PER_NODE to the processes a node."
+    [[ $GPUS_PER_NODE ]] || fail "the job has no GPUs. Ask for them (--gpus-per-node=8), or set GPUS_PER_NODE (processes a node)."
     whole_number GPUS_PER_NODE 1
     # The base job's id stands for all tasks of an array, so a task is named by its own.
     JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
@@ -223,7 +223,7 @@ again() {
         exit 0
     fi
     if ((RESTART >= MAX_RESTARTS)); then
-        echo "error: stopped at a checkpoint after $RESTART restarts; MAX_RESTARTS=$MAX_RESTARTS allows no other. Submit it again." >&2
+        echo "error: stopped at a checkpoint; MAX_RESTARTS=$MAX_RESTARTS allows no other restart. Submit the job again." >&2
         exit 1
     fi
     echo "job $JOB: stopped at a checkpoint; back into the queue for restart $((RESTART + 1)) of $MAX_RESTARTS"
@@ -236,6 +236,14 @@ again() {
 begin() {
     echo "job $JOB, restart $RESTART: ${#NODES[@]} nodes (${NODES[*]}) x $GPUS_PER_NODE, rendezvous at $MASTER_ADDR:$MASTER_PORT"
     echo "configuration $CONFIG, run folder $RUN_DIR"
+    local end lead
+    end=$(end_of_job)
+    lead=$(header signal)
+    lead=${lead##*@}
+    if [[ $end ]] && ((end - $(date +%s) < lead)); then
+        echo "warning: the job has less time than the $lead s of --signal in $NAME, so Slurm may ask for a stop at once." \
+            "Give it more --time, or a shorter --signal=B:USR1@SECONDS." >&2
+    fi
     # Node failures and preemptions requeue without asking us, so the bound is checked here too.
     if ((RESTART > MAX_RESTARTS)); then
         echo "error: this is restart $RESTART, and MAX_RESTARTS=$MAX_RESTARTS. Submit the job again if that is meant." >&2

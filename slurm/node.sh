@@ -28,7 +28,10 @@ engine() {
     address=${addresses[SLURM_NODEID]}
     if [[ $ENGINE_INTERFACE ]]; then
         address=$(ip -oneline -4 address show dev "$ENGINE_INTERFACE" | awk '{ sub("/.*", "", $4); print $4; exit }')
-        [[ $address ]] || { echo "error: ENGINE_INTERFACE=$ENGINE_INTERFACE of $SLURMD_NODENAME has no IPv4 address." >&2 && exit 2; }
+        if [[ -z $address ]]; then
+            echo "error: ENGINE_INTERFACE=$ENGINE_INTERFACE of $SLURMD_NODENAME has no IPv4 address." >&2
+            exit 2
+        fi
     fi
     first=$((SLURM_LOCALID * ENGINE_GPUS))
     CUDA_VISIBLE_DEVICES=$(seq -s, "$first" $((first + ENGINE_GPUS - 1)))
@@ -44,7 +47,8 @@ engine() {
         child=''
         if [[ $stopping ]] || ((code == 2)); then exit "$code"; fi
         if ((start++ == ENGINE_RESTARTS)); then
-            echo "error: engine $SLURM_PROCID on $SLURMD_NODENAME ended with exit code $code; ENGINE_RESTARTS=$ENGINE_RESTARTS are used up." >&2
+            echo "error: engine $SLURM_PROCID on $SLURMD_NODENAME ended with exit code $code," \
+                "and ENGINE_RESTARTS=$ENGINE_RESTARTS are used up." >&2
             exit $((code ? code : 1))
         fi
         echo "engine $SLURM_PROCID on $SLURMD_NODENAME ended with exit code $code: restart $start of $ENGINE_RESTARTS" >&2

@@ -28,7 +28,8 @@ ROOT=${FEC_ROOT:-$(realpath -- "$(dirname -- "${BASH_SOURCE[0]}")/..")}
 # shellcheck source=slurm/common.sh
 . "$ROOT/slurm/common.sh"
 
-# Sets TRAINERS and ENGINES, lists with commas, and the number of trainers. The batch host trains: it sees the engine nodes as other nodes do.
+# Sets TRAINERS and ENGINES, lists with commas, and the number of training nodes. The first node, which runs this script, trains:
+# for the addresses of the engine nodes it must see them as others do.
 split_nodes() {
     whole_number ENGINE_NODES 1
     whole_number ENGINE_GPUS 1
@@ -37,7 +38,8 @@ split_nodes() {
     whole_number ENGINE_SECONDS 1
     local IFS=,
     trainers=$((${#NODES[@]} - ENGINE_NODES))
-    ((trainers > 0)) || fail "ENGINE_NODES=$ENGINE_NODES of ${#NODES[@]} nodes leave none to train on. Take more nodes (sbatch --nodes=N)."
+    ((trainers > 0)) ||
+        fail "ENGINE_NODES=$ENGINE_NODES of ${#NODES[@]} nodes leave none to train on. Take more (sbatch --nodes=N)."
     ((GPUS_PER_NODE % ENGINE_GPUS == 0)) || fail "ENGINE_GPUS=$ENGINE_GPUS must divide the $GPUS_PER_NODE GPUs of a node."
     TRAINERS="${NODES[*]:0:trainers}"
     ENGINES="${NODES[*]:trainers}"
@@ -93,8 +95,9 @@ choose_run_dir
 : "${ENGINE_PORT:=$((7000 + ${SLURM_JOB_ID:-0} % 100 * 10))}" "${ENGINE_INTERFACE:=}"
 : "${ENGINE_SECONDS:=1200}"
 split_nodes
-# A prompt that is sent to another engine must get the same samples there.
-OVERRIDES=(rollout.seed_per_request=true "${OVERRIDES[@]}" rollout.engine=servers "rollout.tensor_parallel=$ENGINE_GPUS")
+# A prompt that is sent to another engine must get the same samples there; and the engines share their GPUs with nobody.
+OVERRIDES=(rollout.seed_per_request=true rollout.gpu_memory_utilization=0.9 "${OVERRIDES[@]}"
+    rollout.engine=servers "rollout.tensor_parallel=$ENGINE_GPUS")
 arguments=(--config "$CONFIG" "${OVERRIDES[@]}")
 if [[ $DRY_RUN ]]; then
     dry_run_of_training "$trainers" "${arguments[@]}"

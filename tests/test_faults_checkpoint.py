@@ -41,7 +41,7 @@ RUN = {  # a random model never solves a puzzle: a large bonus on entropy gives 
     "trainer.keep_checkpoints": 3,
 }
 IN_BACKGROUND = {"trainer.async_save": True}
-FSYNC_DELAY_MS = "100"
+FSYNC_DELAY_MS = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,8 +168,8 @@ def test_ten_kills_at_random_moments(undisturbed: Undisturbed, tmp_path: Path) -
 
 
 @pytest.fixture(scope="module")
-def slow_disk(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Environment in which every fsync takes a tenth of a second longer, and is logged with every rename."""
+def slow_disk(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What a shell does so that every fsync takes a tenth of a second longer; the log of each fsync and rename."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("no C compiler is there to build the slow disk")
@@ -177,15 +177,16 @@ def slow_disk(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     library = folder / "slow_disk.so"
     source = ROOT / "tests" / "slow_disk.c"
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
-    return {"LD_PRELOAD": str(library), "FSYNC_DELAY_MS": FSYNC_DELAY_MS, "FSYNC_LOG": str(folder / "log")}
+    log = folder / "log"
+    return f"export LD_PRELOAD={library} FSYNC_DELAY_MS={FSYNC_DELAY_MS} FSYNC_LOG={log}", log
 
 
 def killed_while_writing(
-    run_dir: Path, settings: dict[str, Any], slow_disk: dict[str, str], *, step: int, rank: int
+    run_dir: Path, settings: dict[str, Any], slow_disk: tuple[str, Path], *, step: int, rank: int
 ) -> None:
     """Starts the run and kills a rank when files of that step's checkpoint are there, and the checkpoint is not."""
     directory = run_dir / "checkpoints"
-    with started(run_dir, settings, 2, "torchrun", slow_disk) as torchrun:
+    with started(run_dir, settings, 2, "torchrun", slow_disk[0]) as torchrun:
         ranks = ranks_of(torchrun)
         assert wait_for(torchrun, lambda: [*directory.glob(f".writing_step_{step:06d}_*/*.distcp")])
         kill_rank(torchrun, ranks, rank)
@@ -209,11 +210,11 @@ def assert_synced_before_it_counts(log: Path, directory: Path) -> None:
 
 
 def test_a_kill_while_a_checkpoint_is_written(
-    undisturbed: Undisturbed, slow_disk: dict[str, str], tmp_path: Path
+    undisturbed: Undisturbed, slow_disk: tuple[str, Path], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
     killed_while_writing(run_dir, RUN, slow_disk, step=3, rank=1)
-    assert_synced_before_it_counts(Path(slow_disk["FSYNC_LOG"]), run_dir / "checkpoints")
+    assert_synced_before_it_counts(slow_disk[1], run_dir / "checkpoints")
     code, text = outcome(run_dir, RUN, 2, "torchrun")
     assert code == 0, text
     assert f"resumed from {run_dir / 'checkpoints' / 'step_000002'}" in text
@@ -222,7 +223,7 @@ def test_a_kill_while_a_checkpoint_is_written(
 
 
 def test_a_kill_in_the_background_and_a_checkpoint_that_the_disk_spoils(
-    undisturbed: Undisturbed, slow_disk: dict[str, str], tmp_path: Path
+    undisturbed: Undisturbed, slow_disk: tuple[str, Path], tmp_path: Path
 ) -> None:
     """Saving in the background changes no number; what the disk spoils is named, and the one before it is used."""
     run_dir, settings = tmp_path / "run", RUN | IN_BACKGROUND

@@ -23,7 +23,6 @@ from policy_fixtures import (
     on_layout,
     pack_for,
     save_model,
-    spare_the_helper,
 )
 from ranks import run_on_ranks
 from run_fixtures import CONFIG, SETTINGS, SMALL, rows_of
@@ -198,7 +197,6 @@ def run(
 
     def job(rank: int) -> str:
         allow_children()
-        spare_the_helper()
         listen()
         if rank == 1:
             _overflow_at(bad)

@@ -115,7 +115,7 @@ def test_the_weights_are_those_of_the_step(
     on_layout(model_dir, job, settings, data_parallel=data_parallel)
     written, wanted = (read_manifest(folder / "step_000002") for folder in (later, now))
     tensors = [name for name in wanted if name.endswith((".distcp", ".pt"))]
-    assert len(tensors) >= 4
+    assert any(name.endswith(".distcp") for name in tensors)
     assert {name: written[name] for name in tensors} == {name: wanted[name] for name in tensors}
     assert written.keys() == wanted.keys()
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from policy_fixtures import allow_children, spare_the_helper
+from policy_fixtures import allow_children
 from ranks import run_on_ranks
 from run_fixtures import CONFIG, ROOT, SETTINGS, SMALL, assert_same_weights, rows_of
 
@@ -48,7 +48,6 @@ def run(
 
     def job(own_rank: int) -> None:
         allow_children()
-        spare_the_helper()
         listen()
         random.seed(5)  # unlike torch's, a run does not seed these two
         np.random.seed(5)

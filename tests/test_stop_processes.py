@@ -56,7 +56,7 @@ def stopped(
     prefix: str = "",
 ) -> tuple[int, str]:
     """(exit code, output) of an endless run that is sent a signal when it has so many rows."""
-    with started(run_dir, ENDLESS, 2, launcher, prefix) as child:
+    with started(run_dir, ENDLESS, 2, launcher, prefix=prefix) as child:
         wait_for(child, lambda: num_rows(run_dir) >= after_rows)
         send(child)
         text, _ = child.communicate(timeout=DEADLINE)

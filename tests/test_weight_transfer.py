@@ -81,7 +81,7 @@ def test_gloo_carries_a_bucket_beside_the_default_group() -> None:
         data = torch.arange(1000, dtype=torch.int64).view(torch.uint8)
         if rank == 0:
             sender = GlooSender(address="127.0.0.1", world_size=2, timeout=30)
-            torch.distributed.broadcast_object_list([sender.port], src=0)
+            torch.distributed.broadcast_object_list([sender.meeting["master_port"]], src=0)
             sender.connect()
             sender.send(data)
             return checksum(data)

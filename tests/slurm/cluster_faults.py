@@ -31,12 +31,7 @@ SETTINGS = (
     "trainer.save_every=4",
     "trainer.eval_every=0",
 )
-ENVIRONMENT = {
-    "CONFIG": "configs/tiny_cpu.yaml",
-    "PYTHON": sys.executable,
-    "GPUS_PER_NODE": "1",
-    "DOCTOR": "off",
-}
+ENVIRONMENT = {"CONFIG": "configs/tiny_cpu.yaml", "PYTHON": sys.executable, "GPUS_PER_NODE": "1"}
 
 
 @dataclass(slots=True)
@@ -85,7 +80,7 @@ class Story:
 @pytest.fixture(scope="module")
 def story(cluster: Cluster) -> Story:
     story = Story(cluster=cluster, run_dir=cluster.folder / "story")
-    job = story.submit(5000)
+    job = story.submit(5000, DOCTOR="off")  # each of its starts would cost ten seconds more
     story.trains_on()
     for number in range(1, NUM_REQUEUES + 1):
         story.survives(f"SIGUSR1 and requeue, number {number}", lambda: job.signal_shell("USR1"))
@@ -141,6 +136,7 @@ def test_a_stop_loses_no_step(story: Story):
 def test_the_run_finished_with_an_export(story: Story):
     assert (story.run_dir / "DONE").read_text() == f"{story.steps}\n"
     assert (story.run_dir / "hf" / "config.json").is_file()
+    assert "doctor: 2 of 2 nodes answered" in story.jobs[1].text()
     assert f"job {story.jobs[1].id}: finished" in story.jobs[1].text()
 
 

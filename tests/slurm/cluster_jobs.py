@@ -88,12 +88,31 @@ def test_requeues_are_bounded(cluster: Cluster):
     state = job.ended()
     assert (state.name, state.code, state.restarts) == ("FAILED", 1, 1)
     assert "back into the queue for restart 1 of 1" in job.text()
-    assert "MAX_RESTARTS=1 allows no other" in job.text()
+    assert "MAX_RESTARTS=1 allows no other restart" in job.text()
     # Requeued by others, it ends before it starts anything.
     cluster.run("scontrol", "requeue", job.id)
     assert job.ended().restarts == 2
     assert "this is restart 2, and MAX_RESTARTS=1" in job.text()
     assert len(cluster.notes("bound")) == 2
+
+
+def test_slurm_sends_the_signal_of_the_script(cluster: Cluster):
+    """Not by scancel: the time limit is nearer than the lead in the script, of which the job warns."""
+    job = cluster.submit(
+        SEVEN, options=("--time=10",), env=cluster.stand_in("train=wait", "limit", DOCTOR="off")
+    )
+    job.restarted(1)
+    assert job.ended().name == "COMPLETED", job.text()
+    assert "warning: the job has less time than the 1200 s of --signal" in job.text()
+    assert "USR1: asking all ranks to stop" in job.text()
+
+
+def test_a_job_that_cannot_be_requeued_says_so(cluster: Cluster):
+    env = cluster.stand_in("train=stop", "forbidden", DOCTOR="off")
+    job = cluster.submit(SEVEN, options=("--no-requeue",), env=env)
+    state = job.ended()
+    assert (state.name, state.code, state.restarts) == ("FAILED", 1, 0)
+    assert "error: the job cannot be requeued here. Submit it again: it resumes." in job.text()
 
 
 def test_a_cancelled_job_does_not_come_back(cluster: Cluster):

@@ -159,7 +159,7 @@ cmd_up() {
     (($# == 0)) || die "missing value for $1"
     local tool
     for tool in munged slurmctld slurmd sbatch ip nsenter unshare; do
-        command -v "$tool" >/dev/null || die "$tool not found: apt-get install -y --no-install-recommends slurm-wlm munge iproute2 util-linux"
+        command -v "$tool" >/dev/null || die "$tool not found: apt-get install slurm-wlm munge iproute2 util-linux"
     done
     ((${#DIR} <= 70)) || die "path too long for Slurm's sockets (${#DIR} > 70): $DIR"
     # `up` clears old state, so it only takes a folder that is its own or empty.

@@ -30,19 +30,22 @@ def main() -> None:
     if action == "fail":
         if os.environ["SLURM_PROCID"] == "1":
             sys.exit(3)
-        signal.pause()
+        until_asked(asked, signal.SIGTERM)
     if action == "wait" and not restarted:
-        while signal.SIGUSR1 not in asked and signal.SIGTERM not in asked:
-            time.sleep(0.05)
+        until_asked(asked, signal.SIGUSR1, signal.SIGTERM)
     if action == "serve":
         engines = run_dir() / "engines"
         assert (engines / "key").stat().st_mode & 0o777 == 0o600
         (engines / f"{os.environ['SLURM_PROCID']}.json").touch()
-        while signal.SIGTERM not in asked:
-            time.sleep(0.05)
+        until_asked(asked, signal.SIGTERM)
     if action == "finish" or (action == "wait" and restarted):
         run_dir().mkdir(parents=True, exist_ok=True)
         (run_dir() / "DONE").touch()
+
+
+def until_asked(asked: list[int], *numbers: int) -> None:
+    while not set(numbers) & set(asked):
+        time.sleep(0.05)
 
 
 def run_dir() -> Path:

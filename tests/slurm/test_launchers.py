@@ -124,11 +124,13 @@ def test_settings_from_the_environment():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", TRAINING)
 def test_the_dry_run_shows_the_run(script: str):
     done = launch(script, "--dry-run", PYTHON=sys.executable, GPUS_PER_NODE="8")
     assert done.returncode == 0, done.stderr
-    assert "rank" in done.stdout
+    for title in ("# rank layout", "# batch arithmetic"):
+        assert title in done.stdout
     assert ": srun " in done.stdout
 
 
@@ -161,7 +163,7 @@ def test_wrong_input_gives_one_clear_line(
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"ENGINE_NODES": "2"}, "ENGINE_NODES=2 of 2 nodes leave none to train on. Take more nodes (sbatch --nodes=N)."),
+        ({"ENGINE_NODES": "2"}, "ENGINE_NODES=2 of 2 nodes leave none to train on. Take more (sbatch --nodes=N)."),
         ({"ENGINE_GPUS": "3"}, "ENGINE_GPUS=3 must divide the 8 GPUs of a node."),
         ({"ENGINE_RESTARTS": "-1"}, "ENGINE_RESTARTS=-1 must be a whole number from 0."),
     ],
