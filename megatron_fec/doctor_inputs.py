@@ -9,7 +9,6 @@ import importlib.util
 import netrc
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache
@@ -43,11 +42,14 @@ from megatron_fec.tasks.arithmetic import VOCABULARY
 WANDB_HOST = "https://api.wandb.ai"
 
 
-def input_checks(node: Node, config: Config) -> dict[str, Callable[[], Finding]]:
-    """By name; each raises ConfigError or returns what it found. They may run at the same time."""
+def input_checks(node: Node, config: Config, scratch: Path) -> dict[str, Callable[[], Finding]]:
+    """By name; each raises ConfigError or returns what it found. They may run at the same time.
+
+    scratch: an empty folder, for the embedded model.
+    """
     disable_progress_bar()
     run_dir = Path(config.trainer.run_dir)
-    model_dir = _local_model(config, run_dir)
+    model_dir = _local_model(config, run_dir, scratch)
     checks: dict[str, Callable[[], Finding]] = {
         "wandb": lambda: check_wandb(node, config, os.environ),
         "engine": lambda: _check_engine(node, config),
@@ -65,13 +67,13 @@ def input_checks(node: Node, config: Config) -> dict[str, Callable[[], Finding]]
     return checks
 
 
-def _local_model(config: Config, run_dir: Path) -> Path | None:
+def _local_model(config: Config, run_dir: Path, scratch: Path) -> Path | None:
     """A folder with the checkpoint; None for a hub name of which this node has no copy."""
     path = config.model.path
     if path == EMBEDDED:
         made = run_dir / "model"
         if not made.is_dir():
-            made = Path(tempfile.mkdtemp(prefix="doctor_"))
+            made = scratch
             save_tiny_model(made, VOCABULARY, seed=0)
         return made
     if Path(path).is_dir():

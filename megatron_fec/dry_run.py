@@ -208,7 +208,7 @@ def _batch_lines(config: Config, world_size: int) -> list[str]:
         "# batch arithmetic",
         f"a step       {rollout.prompts_per_step} prompts x {rollout.group_size} = {responses} responses{refills}",
         f"updates      {config.updates_per_rollout} a rollout = {rollout.prompts_per_step} / "
-        f"{algorithm.prompts_per_update} prompts, in {algorithm.epochs} passes; {per_update} responses each",
+        f"{algorithm.prompts_per_update} prompts x {algorithm.epochs} (algorithm.epochs); {per_update} responses each",
         f"DP rank      {_share(rollout.prompts_per_step, data_parallel)} prompts a step; "
         f"{_share(per_update, data_parallel)} responses an update, balanced by tokens",
         f"sampling     {_sampling(config, world_size)}",

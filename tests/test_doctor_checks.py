@@ -237,16 +237,24 @@ def config_of(folder: Path, *overrides: str) -> Config:
 
 
 def found(config: Config, check: str) -> Finding:
-    return input_checks(NODE, config)[check]()
+    return input_checks(NODE, config, Path(config.trainer.run_dir).parent / "scratch")[check]()
 
 
 def test_good_inputs_are_reported(model: Path, tmp_path: Path):
     config = config_of(tmp_path, f"model.path={model}", "data.validation=embedded:countdown:validation")
-    findings = {name: check() for name, check in input_checks(NODE, config).items()}
+    findings = {name: check() for name, check in input_checks(NODE, config, tmp_path).items()}
     assert {each.level for each in findings.values()} == {OK}
     assert findings["model"].text.endswith(": 156,480 parameters")
     assert findings["data.validation"].text == "embedded:countdown:validation: 256 prompts"
     assert findings["checkpoint"].text == "none: the run starts at step 0"
+
+
+def test_the_embedded_model_is_made_in_the_scratch_folder(tmp_path: Path):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    finding = input_checks(NODE, config_of(tmp_path), scratch)["model"]()
+    assert finding.text == "embedded: 156,480 parameters"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scratch"]
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_the_batch_arithmetic(tmp_path: Path):
         re.split(r" {2,}", line, maxsplit=1) for line in text.split("# batch arithmetic\n")[1].splitlines()
     )
     assert lines["a step"] == "64 prompts x 8 = 512 responses"
-    assert lines["updates"] == "24 a rollout = 64 / 8 prompts, in 3 passes; 64 responses each"
+    assert lines["updates"] == "24 a rollout = 64 / 8 prompts x 3 (algorithm.epochs); 64 responses each"
     assert lines["DP rank"] == "21 or 22 prompts a step; 21 or 22 responses an update, balanced by tokens"
     assert lines["sampling"] == "by the policy itself on 3 DP x CP ranks, 21 or 22 prompts each"
     assert lines["micro-batch"].startswith("at most 100 tokens; the longest sequence has 23 positions")
