@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -149,11 +150,12 @@ class _Doctor:
                 input_checks,
             )  # seconds, and the first reading of many files
 
-            checks.update(input_checks(self.node, config))
+            checks.update(input_checks(self.node, config, Path(scratch)))
             return self.node.finding("imports", OK, f"megatron-core in {time.monotonic() - start:.1f} s")
 
-        self.run({"imports": load}, end=end)
-        self.run(checks, end=end)
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+            self.run({"imports": load}, end=end)
+            self.run(checks, end=end)
 
     def run(self, checks: Checks, *, end: float) -> None:
         """All at the same time, in threads: one that hangs is named and left behind."""

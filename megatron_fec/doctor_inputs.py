@@ -9,7 +9,6 @@ import importlib.util
 import netrc
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache
@@ -33,6 +32,7 @@ from megatron_fec.preflight import (
     EMBEDDED,
     check_disk,
     check_model,
+    check_resume,
     check_vllm_package,
     load_tokenizer,
     read_prompts,
@@ -42,11 +42,14 @@ from megatron_fec.tasks.arithmetic import VOCABULARY
 WANDB_HOST = "https://api.wandb.ai"
 
 
-def input_checks(node: Node, config: Config) -> dict[str, Callable[[], Finding]]:
-    """By name; each raises ConfigError or returns what it found. They may run at the same time."""
+def input_checks(node: Node, config: Config, scratch: Path) -> dict[str, Callable[[], Finding]]:
+    """By name; each raises ConfigError or returns what it found. They may run at the same time.
+
+    scratch: an empty folder, for the embedded model.
+    """
     disable_progress_bar()
     run_dir = Path(config.trainer.run_dir)
-    model_dir = _local_model(config, run_dir)
+    model_dir = _local_model(config, run_dir, scratch)
     checks: dict[str, Callable[[], Finding]] = {
         "wandb": lambda: check_wandb(node, config, os.environ),
         "engine": lambda: _check_engine(node, config),
@@ -64,13 +67,13 @@ def input_checks(node: Node, config: Config) -> dict[str, Callable[[], Finding]]
     return checks
 
 
-def _local_model(config: Config, run_dir: Path) -> Path | None:
+def _local_model(config: Config, run_dir: Path, scratch: Path) -> Path | None:
     """A folder with the checkpoint; None for a hub name of which this node has no copy."""
     path = config.model.path
     if path == EMBEDDED:
         made = run_dir / "model"
         if not made.is_dir():
-            made = Path(tempfile.mkdtemp(prefix="doctor_"))
+            made = scratch
             save_tiny_model(made, VOCABULARY, seed=0)
         return made
     if Path(path).is_dir():
@@ -114,22 +117,20 @@ def _check_disk(node: Node, config: Config, run_dir: Path, model_dir: Path) -> F
 
 
 def _check_checkpoint(node: Node, config: Config, run_dir: Path, hf_config: Any) -> Finding:
+    check_resume(config, run_dir)
     found = find_checkpoints(run_dir / "checkpoints")
     if not found:
         return node.finding("checkpoint", OK, "none: the run starts at step 0")
     newest = found[-1]
-    if config.trainer.resume == "never":
-        raise ConfigError(
-            f"trainer.resume=never, but {newest.parent} holds {newest.name}. Use another trainer.run_dir."
-        )
     try:  # the checksums are compared by the run itself: that reads all of it
         for name in read_manifest(newest):
             with (newest / name).open("rb") as file:
                 file.read(1)
+    except ConfigError:
+        raise
     except (ValueError, FileNotFoundError) as error:
-        return node.finding(
-            "checkpoint", WARNING, f"{newest} is damaged ({error}): the run looks for an older one"
-        )
+        text = f"{newest} is damaged ({error}): the run looks for an older one"
+        return node.finding("checkpoint", WARNING, text)
     state = read_trainer_state(
         newest, hf_config=hf_config, distributed_optimizer=config.policy.distributed_optimizer
     )

@@ -208,7 +208,7 @@ def _batch_lines(config: Config, world_size: int) -> list[str]:
         "# batch arithmetic",
         f"a step       {rollout.prompts_per_step} prompts x {rollout.group_size} = {responses} responses{refills}",
         f"updates      {config.updates_per_rollout} a rollout = {rollout.prompts_per_step} / "
-        f"{algorithm.prompts_per_update} prompts, in {algorithm.epochs} passes; {per_update} responses each",
+        f"{algorithm.prompts_per_update} prompts x {algorithm.epochs} (algorithm.epochs); {per_update} responses each",
         f"DP rank      {_share(rollout.prompts_per_step, data_parallel)} prompts a step; "
         f"{_share(per_update, data_parallel)} responses an update, balanced by tokens",
         f"sampling     {_sampling(config, world_size)}",
@@ -224,6 +224,10 @@ def _sampling(config: Config, world_size: int) -> str:
     if rollout.engine == "native":
         samplers = data_parallel_size(policy, world_size) * policy.context_parallel
         return f"by the policy itself on {samplers} DP x CP ranks, {_share(rollout.prompts_per_step, samplers)} prompts each"
+    if rollout.engine != "vllm":
+        return (
+            f"by {rollout.engine} of {rollout.tensor_parallel} GPUs each, which are not among the ranks above"
+        )
     engines = world_size // rollout.tensor_parallel
     return f"{engines} engines of {rollout.tensor_parallel} GPUs, {_share(rollout.prompts_per_step, engines)} prompts each"
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 from run_fixtures import CONFIG
+from transformers import AutoConfig
 
 from megatron_fec import doctor_checks, preflight
 from megatron_fec.config import Config, ConfigError, load_config
@@ -31,6 +32,8 @@ from megatron_fec.doctor_checks import (
 )
 from megatron_fec.doctor_inputs import check_wandb, input_checks
 from megatron_fec.doctor_nodes import FAULT, OK, WARNING, Finding, Node
+from megatron_fec.policy.checkpoint import MODEL_SIZES
+from megatron_fec.policy.checkpoint_files import STATE_FILE, synced_digest, write_manifest
 from megatron_fec.policy.tiny_model import save_tiny_model
 from megatron_fec.tasks.arithmetic import VOCABULARY
 
@@ -234,16 +237,24 @@ def config_of(folder: Path, *overrides: str) -> Config:
 
 
 def found(config: Config, check: str) -> Finding:
-    return input_checks(NODE, config)[check]()
+    return input_checks(NODE, config, Path(config.trainer.run_dir).parent / "scratch")[check]()
 
 
 def test_good_inputs_are_reported(model: Path, tmp_path: Path):
     config = config_of(tmp_path, f"model.path={model}", "data.validation=embedded:countdown:validation")
-    findings = {name: check() for name, check in input_checks(NODE, config).items()}
+    findings = {name: check() for name, check in input_checks(NODE, config, tmp_path).items()}
     assert {each.level for each in findings.values()} == {OK}
     assert findings["model"].text.endswith(": 156,480 parameters")
     assert findings["data.validation"].text == "embedded:countdown:validation: 256 prompts"
     assert findings["checkpoint"].text == "none: the run starts at step 0"
+
+
+def test_the_embedded_model_is_made_in_the_scratch_folder(tmp_path: Path):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    finding = input_checks(NODE, config_of(tmp_path), scratch)["model"]()
+    assert finding.text == "embedded: 156,480 parameters"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scratch"]
 
 
 @pytest.mark.parametrize(
@@ -299,14 +310,42 @@ def test_a_disk_without_room_for_the_checkpoints(model: Path, tmp_path: Path, sm
         found(config, "disk")
 
 
-def test_a_checkpoint_that_is_not_whole(model: Path, tmp_path: Path):
-    checkpoint = tmp_path / "run" / "checkpoints" / "step_000003"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "trainer_state.json").write_text(json.dumps({"trainer": {}}))
-    with pytest.raises(ConfigError, match=r"trainer\.resume: .*trainer_state\.json is not readable"):
-        found(config_of(tmp_path, f"model.path={model}"), "checkpoint")
+@pytest.fixture
+def checkpoint(model: Path, tmp_path: Path) -> Path:
+    """A finished checkpoint of the model at step 3, tensors apart."""
+    folder = tmp_path / "run" / "checkpoints" / "step_000003"
+    folder.mkdir(parents=True, mode=0o700)
+    hf_config = AutoConfig.from_pretrained(model)
+    state = {
+        "trainer": {"step": 3, "consumed_samples": 36, "weight_version": 3, "schedule": {}},
+        "model": {name: getattr(hf_config, name) for name in MODEL_SIZES},
+        "distributed_optimizer": False,
+    }
+    (folder / STATE_FILE).write_text(json.dumps(state))
+    (folder / "metadata.json").touch()
+    write_manifest(folder, {path.name: synced_digest(path) for path in folder.iterdir()})
+    return folder
+
+
+def test_the_checkpoint_to_resume_from_is_read(model: Path, tmp_path: Path, checkpoint: Path):
+    config = config_of(tmp_path, f"model.path={model}")
+    finding = found(config, "checkpoint")
+    assert (finding.level, finding.text) == (OK, f"{checkpoint} can be read: the run goes on at step 3")
+    (checkpoint / "metadata.json").unlink()
+    finding = found(config, "checkpoint")
+    assert (finding.level, "is damaged" in finding.text) == (WARNING, True)
+    assert "metadata.json" in finding.text
+
+
+def test_a_checkpoint_that_the_run_refuses_is_a_fault(model: Path, tmp_path: Path, checkpoint: Path):
     with pytest.raises(ConfigError, match=r"trainer\.resume=never, but .* holds step_000003"):
         found(config_of(tmp_path, f"model.path={model}", "trainer.resume=never"), "checkpoint")
+    distributed = "policy.distributed_optimizer=true"
+    with pytest.raises(ConfigError, match=r"distributed_optimizer=True cannot read .* saved with False"):
+        found(config_of(tmp_path, f"model.path={model}", distributed), "checkpoint")
+    checkpoint.chmod(0o777)
+    with pytest.raises(ConfigError, match=r"trainer\.resume: "):
+        found(config_of(tmp_path, f"model.path={model}"), "checkpoint")
 
 
 @pytest.mark.parametrize(

@@ -138,12 +138,20 @@ def test_the_batch_arithmetic(tmp_path: Path):
         re.split(r" {2,}", line, maxsplit=1) for line in text.split("# batch arithmetic\n")[1].splitlines()
     )
     assert lines["a step"] == "64 prompts x 8 = 512 responses"
-    assert lines["updates"] == "24 a rollout = 64 / 8 prompts, in 3 passes; 64 responses each"
+    assert lines["updates"] == "24 a rollout = 64 / 8 prompts x 3 (algorithm.epochs); 64 responses each"
     assert lines["DP rank"] == "21 or 22 prompts a step; 21 or 22 responses an update, balanced by tokens"
     assert lines["sampling"] == "by the policy itself on 3 DP x CP ranks, 21 or 22 prompts each"
     assert lines["micro-batch"].startswith("at most 100 tokens; the longest sequence has 23 positions")
     assert lines["micro-batch"].endswith("at most about 6")  # 22 sequences, 4 of which fit
     assert lines["the run"] == "80 steps: 40,960 responses, 1,920 updates"
+
+
+def test_engines_on_nodes_of_their_own_are_no_ranks(tmp_path: Path):
+    """Their size need not divide the number of ranks."""
+    settings = ["rollout.engine=servers", "rollout.tensor_parallel=2", "policy.tensor_parallel=1"]
+    text = dry_run_text(tiny(tmp_path, *settings), nodes=1, gpus_per_node=3)
+    assert "sampling     by servers of 2 GPUs each, which are not among the ranks above" in text
+    assert "what the engines hold on GPUs of their own" in text
 
 
 @pytest.mark.parametrize(
