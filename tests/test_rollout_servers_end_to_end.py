@@ -106,7 +106,7 @@ def test_one_step_ahead(servers: list[Server], undisturbed: list[Row], tmp_path:
     ahead = {
         "rollout.max_lag": 1,
         "data.validation": "embedded:countdown:validation",
-        "trainer.eval_every": 1,
+        "trainer.eval_every": 2,
         "trainer.eval_samples": 1,
     }
     run_dir = run(tmp_path / "run", relay.folder, ahead | {"trainer.max_steps": 2}, processes=2)
@@ -117,7 +117,7 @@ def test_one_step_ahead(servers: list[Server], undisturbed: list[Row], tmp_path:
     assert first[0]["train_optim/importance_weight"] == pytest.approx(1, abs=1e-4)
     assert abs(first[1]["train_optim/importance_weight"] - 1) > 1e-4, "the policy moved by a step"
     assert first[1]["train_rollouts/mismatch"] > 1e-3, "as large as the step, and no reason to stop"
-    assert all("val_rollouts/mean_at_k/1" in row for row in first), "validation waits for current weights"
+    assert "val_rollouts/mean_at_k/1" in first[1], "validation waits for current weights"
     assert first[1]["train_rollouts/response_tokens"] == tokens_of_step_1(run_dir, relay.folder)
 
     code, text = outcome(run_dir, RUN | ahead | {"trainer.max_steps": 4}, processes=2, launcher="torchrun")
