@@ -232,7 +232,24 @@ again() {
     exit 0 # the controller has marked the job already
 }
 
-# What a training job says first; ends it after too many restarts.
+# One job at a time trains in a run folder. One that was cancelled may still be saving: that is waited for.
+claim_run_dir() {
+    local other state
+    mkdir -p -- "$RUN_DIR" || fail "RUN_DIR=$RUN_DIR cannot be made. Choose a folder of your own."
+    other=$(cat -- "$RUN_DIR/slurm_job" 2>/dev/null) || true
+    while [[ $other && $other != "$JOB" ]]; do
+        state=$(squeue --noheader --jobs="$other" --states=RUNNING,COMPLETING --format=%T 2>/dev/null) || true
+        if [[ -z $state ]]; then break; fi # ended, waiting in the queue, or unknown by now
+        if [[ $state == RUNNING ]]; then
+            fail "job $other trains in $RUN_DIR. Use another RUN_DIR, or start after it: sbatch --dependency=afterany:$other."
+        fi
+        echo "job $other is ending in $RUN_DIR; waiting for it"
+        sleep 5 || true
+    done
+    printf '%s\n' "$JOB" >"$RUN_DIR/slurm_job"
+}
+
+# What a training job says first; ends it after too many restarts, or where another job trains.
 begin() {
     echo "job $JOB, restart $RESTART: ${#NODES[@]} nodes (${NODES[*]}) x $GPUS_PER_NODE, rendezvous at $MASTER_ADDR:$MASTER_PORT"
     echo "configuration $CONFIG, run folder $RUN_DIR"
@@ -249,6 +266,7 @@ begin() {
         echo "error: this is restart $RESTART, and MAX_RESTARTS=$MAX_RESTARTS. Submit the job again if that is meant." >&2
         exit 1
     fi
+    claim_run_dir
 }
 
 # ------------------------------------------------------------------ the launchers

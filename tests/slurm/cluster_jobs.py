@@ -115,6 +115,19 @@ def test_a_job_that_cannot_be_requeued_says_so(cluster: Cluster):
     assert "error: the job cannot be requeued here. Submit it again: it resumes." in job.text()
 
 
+def test_one_job_at_a_time_trains_in_a_run_folder(cluster: Cluster):
+    env = cluster.stand_in("train=wait", "twice", DOCTOR="off")
+    first = cluster.submit(SEVEN, env=env)
+    _reach(first, cluster, "twice")
+    second = cluster.submit(SEVEN, env=env)
+    state = second.ended()
+    assert (state.name, state.code) == ("FAILED", 2)
+    assert f"error: job {first.id} trains in {env['RUN_DIR']}. Use another RUN_DIR" in second.text()
+    cluster.run("scancel", first.id)
+    third = cluster.submit(SEVEN, env=env | {"STAND_IN": "train=finish"})  # the first may be ending still
+    assert third.ended().name == "COMPLETED", third.text()
+
+
 def test_a_cancelled_job_does_not_come_back(cluster: Cluster):
     job = cluster.submit(SEVEN, env=cluster.stand_in("train=wait", "gone", DOCTOR="off"))
     _reach(job, cluster, "gone")

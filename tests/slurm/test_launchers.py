@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -188,6 +189,25 @@ def test_help_is_the_head_of_the_script(script: str):
     assert done.returncode == 0
     assert f"sbatch slurm/{script}" in done.stdout
     assert "#SBATCH" not in done.stdout
+
+
+def test_the_cluster_tests_say_what_they_lack(tmp_path: Path):
+    """Not root, or a machine without Slurm and apt-get: one line, and nothing fails."""
+    (tmp_path / "dirname").symlink_to(shutil.which("dirname") or "")
+    done = subprocess.run(
+        [shutil.which("bash") or "", str(ROOT / "tests" / "slurm" / "run.sh")],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    missing = (
+        "apt-get is not there to install slurm-wlm munge"
+        if os.geteuid() == 0
+        else "a local Slurm needs root."
+    )
+    assert done.stdout.startswith(f"test-slurm: SKIPPED, {missing}")
+    assert len(done.stdout.splitlines()) == 1
 
 
 @pytest.mark.parametrize("script", LAUNCHERS)
