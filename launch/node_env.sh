@@ -4,6 +4,9 @@
 
 # launch/train.py sources this file itself when this is missing.
 export FEC_NODE_ENV=1
+# The package of this repository, also where an environment or a container image holds another copy or none.
+PYTHONPATH="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH
 # vLLM must live in the trainer's process: the weights reach it as tensors, not as files.
 export VLLM_ENABLE_V1_MULTIPROCESSING=0
 # No report about the machine leaves it.

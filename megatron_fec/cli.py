@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_fec.config import ConfigError, load_config
+from megatron_fec.doctor import DEADLINE, examine
 from megatron_fec.evaluation_config import load_evaluation
 from megatron_fec.launcher import be_one_rank
 from megatron_fec.replay import run_replay
@@ -156,6 +157,19 @@ def replay(
             raise ConfigError(str(error)) from error
 
     _said_in_one_line(work)
+
+
+@app.command()
+def doctor(
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option(help="a YAML file; without it only the nodes")] = None,
+    lock: Annotated[
+        list[Path] | None, typer.Option(help="a file whose versions must be there, exactly")
+    ] = None,
+    deadline: Annotated[float, typer.Option(help="seconds for all nodes to arrive")] = DEADLINE,
+) -> None:
+    """Examines this machine, or all nodes of a Slurm job, before a run: exit code 1 if something stands against it."""
+    raise typer.Exit(examine(config, overrides or [], locks=lock or [], deadline=deadline))
 
 
 @app.command()

@@ -16,10 +16,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from omegaconf import OmegaConf
 from transformers.utils.logging import disable_progress_bar
 
+from megatron_fec.algorithm.strategies import needs_reference
 from megatron_fec.config import Config
 from megatron_fec.context_split import sequence_multiple
 from megatron_fec.policy.model import load_hf_config
-from megatron_fec.policy.parallel import check_model_sizes, check_world
+from megatron_fec.policy.parallel import check_world
 from megatron_fec.policy.sizes import (
     StageMemory,
     data_parallel_size,
@@ -28,7 +29,7 @@ from megatron_fec.policy.sizes import (
     stage_memory,
 )
 from megatron_fec.policy.tiny_model import save_tiny_model
-from megatron_fec.preflight import EMBEDDED, check_batch, check_engines, check_heads, check_length
+from megatron_fec.preflight import EMBEDDED, check_batch, check_engines, check_model
 from megatron_fec.tasks.arithmetic import VOCABULARY
 
 REACH_SECONDS = 5.0  # for the hub's first answer: its own client tries for half a minute
@@ -55,10 +56,7 @@ def dry_run_text(config: Config, *, nodes: int, gpus_per_node: int) -> str:
         check_engines(config.rollout.tensor_parallel, world_size=world_size)
     hf_config, reason = find_hf_config(config)
     if hf_config is not None:
-        check_model_sizes(hf_config, config.policy)
-        if config.rollout.engine == "vllm":
-            check_heads(config.rollout.tensor_parallel, hf_config)
-        check_length(config.rollout.max_prompt_tokens, config.rollout.max_response_tokens, hf_config)
+        check_model(config, hf_config)
     return "\n".join(
         [
             "# configuration",
@@ -152,8 +150,19 @@ def _memory_lines(config: Config, hf_config: Any, world_size: int) -> list[str]:
         f"optimizer {kind}",
         *("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows),
         f"logits: of {tokens} tokens{chunk}, once, in {policy.precision}",
+        *_host_lines(config, stages),
         f"NOT included: activations (policy.recompute={policy.recompute}), communication buffers, CUDA contexts, and "
         f"{_engine_memory(config, hf_config)}",
+    ]
+
+
+def _host_lines(config: Config, stages: list[StageMemory]) -> list[str]:
+    """The reference of a Kullback-Leibler term lies in host memory."""
+    if not needs_reference(config.algorithm):
+        return []
+    size = max(stage.weights for stage in stages) / 1e9
+    return [
+        f"host memory: the reference policy, {size:.2f} GB for each rank, and as much again while it is used"
     ]
 
 
@@ -167,6 +176,8 @@ def _engine_memory(config: Config, hf_config: Any) -> str:
     rollout = config.rollout
     if rollout.engine == "native":
         return "the native engine's keys and values"
+    if rollout.engine != "vllm":
+        return "what the engines hold on GPUs of their own"
     head = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
     element = 2 if config.policy.precision == "bf16" else 4
     per_token = 2 * hf_config.num_hidden_layers * hf_config.num_key_value_heads * head * element

@@ -80,7 +80,7 @@ def _sender(own: torch.device, address: str, world_size: int, timeout: float) ->
     # Imported only here: vLLM is an optional extra, and importing it takes seconds.
     from megatron_fec.rollout.vllm_transfer import NcclSender
 
-    return NcclSender(address=address, world_size=world_size, timeout=timeout, device=own)
+    return NcclSender(world_size=world_size, timeout=timeout, device=own)
 
 
 def weight_files(model_dir: Path) -> list[Path]:

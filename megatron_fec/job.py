@@ -28,11 +28,13 @@ from megatron_fec.report import write_report
 from megatron_fec.rollout.engine import Engine, true_vocab_size
 from megatron_fec.rollout.packing import PackLayout
 from megatron_fec.run_log import RunLog
+from megatron_fec.step_dump import StepDumps
 from megatron_fec.stop import Stop, StopRequested, is_done, mark_done
 from megatron_fec.strategy_state import StrategyState
 from megatron_fec.tasks.arithmetic import demonstrations
 from megatron_fec.tasks.verifier import Verifier
 from megatron_fec.trainer import Trainer
+from megatron_fec.updates import Updates
 from megatron_fec.warm_start import BATCH_SIZE, LEARNING_RATE, Demonstration, run_warm_start
 
 WARM_DIR = "warm_start"  # in the run folder: the checkpoint after the supervised steps
@@ -106,6 +108,9 @@ def _build_trainer(
         ),
         train_prompts=inputs.train.prompts,
         validation_prompts=inputs.validation.prompts if inputs.validation else (),
+        updates=Updates(
+            config=config, policy=policy, dumps=StepDumps(config=config, layout=layout), note=log.note
+        ),
         log=log,
         stop=stop,
         pack_layout=_pack_layout(config, layout),

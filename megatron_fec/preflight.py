@@ -82,18 +82,15 @@ def _check_start(config: Config, run_dir: Path, data_parallel: int) -> None:
 
 def _read_inputs(config: Config, run_dir: Path, model_dir: Path) -> Inputs:
     hf_config = load_hf_config(str(model_dir))
-    check_model_sizes(hf_config, config.policy)
-    if config.rollout.engine in ("vllm", "servers"):
-        check_heads(config.rollout.tensor_parallel, hf_config)
-    check_length(config.rollout.max_prompt_tokens, config.rollout.max_response_tokens, hf_config)
-    _check_disk(config, run_dir, model_dir)
-    _check_resume(config, run_dir)
+    check_model(config, hf_config)
+    check_disk(config, run_dir, model_dir)
+    check_resume(config, run_dir)
     tokenizer = load_tokenizer(config.model, model_dir, hf_config)
     return Inputs(
         model_dir=model_dir,
         tokenizer=tokenizer,
-        train=_prompts(config, "data.train", config.data.train, tokenizer),
-        validation=_prompts(config, "data.validation", config.data.validation, tokenizer)
+        train=read_prompts(config, "data.train", config.data.train, tokenizer),
+        validation=read_prompts(config, "data.validation", config.data.validation, tokenizer)
         if config.data.validation
         else None,
         damaged={},
@@ -113,12 +110,17 @@ def _check_engine(config: Config) -> None:
 
 def check_vllm(tensor_parallel: int) -> None:
     """vLLM is there, and its engines fill the world."""
+    check_vllm_package()
+    check_engines(tensor_parallel, world_size=dist.get_world_size())
+
+
+def check_vllm_package() -> None:
+    """vLLM is installed."""
     if not vllm_is_available():
         raise ConfigError(
             "rollout.engine=vllm needs vLLM, which is not installed. Install the extra rollout-cpu or gpu, "
             "or set rollout.engine=native."
         )
-    check_engines(tensor_parallel, world_size=dist.get_world_size())
 
 
 def check_engines(tensor_parallel: int, *, world_size: int) -> None:
@@ -212,6 +214,14 @@ def load_tokenizer(model: ModelConfig, model_dir: Path, hf_config: Any) -> Any:
     return tokenizer
 
 
+def check_model(config: Config, hf_config: Any) -> None:
+    """The checkpoint's sizes go into the layout of policy and engine, and the longest sequence into its positions."""
+    check_model_sizes(hf_config, config.policy)
+    if config.rollout.engine in ("vllm", "servers"):
+        check_heads(config.rollout.tensor_parallel, hf_config)
+    check_length(config.rollout.max_prompt_tokens, config.rollout.max_response_tokens, hf_config)
+
+
 def check_heads(tensor_parallel: int, hf_config: Any) -> None:
     """vLLM splits the attention heads over the ranks of an engine."""
     if hf_config.num_attention_heads % tensor_parallel:
@@ -232,7 +242,8 @@ def check_length(max_prompt_tokens: int, max_response_tokens: int, hf_config: An
         )
 
 
-def _check_disk(config: Config, run_dir: Path, model_dir: Path) -> None:
+def check_disk(config: Config, run_dir: Path, model_dir: Path) -> None:
+    """The run folder has room for the checkpoints of this model."""
     weights = sum(file.stat().st_size for file in model_dir.glob("*.safetensors"))
     if not weights:
         raise ConfigError(
@@ -251,7 +262,8 @@ def _check_disk(config: Config, run_dir: Path, model_dir: Path) -> None:
         )
 
 
-def _check_resume(config: Config, run_dir: Path) -> None:
+def check_resume(config: Config, run_dir: Path) -> None:
+    """trainer.resume=never starts in a folder without checkpoints."""
     found = find_checkpoints(run_dir / "checkpoints")
     if found and config.trainer.resume == "never":
         raise ConfigError(
@@ -268,7 +280,8 @@ def _trainer_state(config: Config, checkpoint: Path, model_dir: Path) -> Trainer
     )
 
 
-def _prompts(config: Config, setting: str, source: str, tokenizer: Any) -> PromptSet:
+def read_prompts(config: Config, setting: str, source: str, tokenizer: Any) -> PromptSet:
+    """The prompts of data.train or data.validation."""
     return load_prompts(
         source,
         setting=setting,

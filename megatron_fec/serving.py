@@ -75,7 +75,8 @@ def serve(config: Config, *, address: str, port: int) -> None:
     run_dir = Path(config.trainer.run_dir)
     folder = run_dir / "engines"
     key = make_key(folder)
-    server = RolloutServer(_engine(config, run_dir, address), bind=address, port=port, key=key)
+    engine = _engine(config, run_dir, address)
+    server = RolloutServer(engine, bind=address, port=port, key=key)
     node = socket.gethostname()
     host = node if address == "0.0.0.0" else address
     name = f"{host}:{port}"
@@ -100,6 +101,7 @@ def serve(config: Config, *, address: str, port: int) -> None:
         print(f"engine {name} on {node} ends: {type(error).__name__}: {error}", file=sys.stderr)
         _exit(1)
     path.unlink(missing_ok=True)
+    engine.close()
     _exit(0)
 
 

@@ -12,6 +12,7 @@ import math
 import signal
 import time
 from collections.abc import Mapping
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
 
@@ -84,6 +85,8 @@ def listen() -> None:
     """
     for number in SIGNALS:
         signal.signal(number, _catch)
+    # Started now, because starting it unblocks SIGTERM, for all that the library which needs it starts afterwards too.
+    resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 

@@ -7,42 +7,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from megatron_fec.algorithm.entropy_change import derived
 from megatron_fec.algorithm.schedules import Schedule
-from megatron_fec.algorithm.strategies import marks_of
-from megatron_fec.algorithm.thresholds import threshold_lines
 from megatron_fec.collection import Collector
 from megatron_fec.config import Config, ConfigError
 from megatron_fec.evaluate import evaluation_metrics
-from megatron_fec.marks import mark_update
-from megatron_fec.metrics import MetricSums
 from megatron_fec.policy.checkpoint import TrainerState, load_checkpoint, load_rng_state, rng_state
 from megatron_fec.policy.checkpoint_save import Saver
 from megatron_fec.policy.device import device, release_cached_memory
+from megatron_fec.policy.nonfinite import NonFiniteError
 from megatron_fec.policy.reference import ReferencePolicy
-from megatron_fec.policy.step import Policy, TokenLoss, compute_logprobs, reduce_metrics, train_update
+from megatron_fec.policy.step import Policy, compute_logprobs
 from megatron_fec.policy.weights import hf_weights
 from megatron_fec.rollout.packing import PackLayout, pack, with_sample_values
-from megatron_fec.rollout_dump import DumpSettings, RolloutDump
 from megatron_fec.run_log import TOKENS_PER_SECOND, RunLog, Timers
 from megatron_fec.seeds import derive_seed
 from megatron_fec.stop import Stop, StopRequested
 from megatron_fec.strategy_state import StrategyState
 from megatron_fec.tasks.prompts import PromptOrder
-from megatron_fec.token_loss import Observer, policy_token_loss
-from megatron_fec.types import LOG_RATIO_CLAMP, BlendWeights, MicroBatch, Prompt
-
-KERNEL_NOISE = (
-    1e-3  # largest mean |log ratio| before the first update: the same weights through the same kernel
-)
+from megatron_fec.types import BlendWeights, MicroBatch, Prompt
+from megatron_fec.updates import Updates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +54,7 @@ class Trainer:
     strategy_state: StrategyState
     train_prompts: Sequence[Prompt]
     validation_prompts: Sequence[Prompt]
+    updates: Updates
     log: RunLog
     pack_layout: PackLayout
     state: TrainerState
@@ -72,7 +63,6 @@ class Trainer:
     timers: Timers = field(default_factory=Timers)
     saver: Saver = field(default_factory=Saver)
     engine_version: int | None = None  # of the weights in the engine
-    is_first_update: bool = True  # of this process
     saved_step: int = 0  # of the newest checkpoint
 
     def fit(self) -> None:
@@ -140,7 +130,10 @@ class Trainer:
                 prompts_per_update=algorithm.prompts_per_update,
                 seed=derive_seed(seed, "updates", step),
             )
-            updates, sums = compute_logprobs(self.policy, updates)
+            try:
+                updates, sums = compute_logprobs(self.policy, updates)
+            except NonFiniteError as error:
+                raise self.updates.refuse(error, updates, step) from error
             if self.reference is not None:
                 updates = self.reference.fill(self.policy, updates)
         self.stop.check("verify", "train", "save")  # the last: from here on the step changes what is saved
@@ -158,41 +151,12 @@ class Trainer:
         )
 
     def run_training(self, rollouts: Rollouts, weights: BlendWeights, step: int) -> dict[str, float]:
-        """All optimizer updates of one step. Later epochs visit the same mini-batches in another order."""
+        """All optimizer updates of one step."""
         self.prepare_for_training()
-        sums: list[MetricSums] = []
-        grad_norms: list[float] = []
-        with self.timers("train"), self._dump(step, weights) as dump:
-            self.policy.scheduler.step(increment=1)
-            for epoch in range(self.config.algorithm.epochs):
-                for index in _update_order(len(rollouts.updates), self.config.trainer.seed, step, epoch):
-                    seed = derive_seed(self.config.trainer.seed, "loss", step, epoch, index)
-                    update = self._marked(rollouts.updates[index], weights, seed)
-                    observe = (
-                        partial(dump.add, update=len(grad_norms), epoch=epoch, seed=seed) if dump else None
-                    )
-                    try:
-                        update_sums, grad_norm = train_update(
-                            self.policy, update, self._token_loss(weights, seed, observe)
-                        )
-                    except RuntimeError as error:
-                        raise RuntimeError(f"step {step}, epoch {epoch}, update {index}: {error}") from error
-                    self._check_first_update(update_sums)
-                    sums += update_sums
-                    grad_norms.append(grad_norm)
+        with self.timers("train"):
+            metrics = self.updates.run(rollouts.updates, weights, step)
         self.finish_training()
-        means = reduce_metrics(sums, self.policy.layout).means()
-        metrics = (
-            means
-            | derived(means)
-            | self.schedule.metrics()
-            | {
-                "grad_norm": sum(grad_norms) / len(grad_norms),
-                "lr": float(self.policy.optimizer.param_groups[0]["lr"]),
-                "weight_upper": weights.upper,
-                "weight_lower": weights.lower,
-            }
-        )
+        metrics |= self.schedule.metrics() | {"weight_upper": weights.upper, "weight_lower": weights.lower}
         return {f"train_optim/{name}": value for name, value in metrics.items()}
 
     def run_validation(self, step: int) -> dict[str, float]:
@@ -250,6 +214,7 @@ class Trainer:
         self.schedule.load_state_dict(saved)
         self.strategy_state.load_state_dict(state.strategies)
         self.state = state
+        self.updates.skipped, self.updates.skips_in_a_row = state.skipped_updates, state.skips_in_a_row
         self.saved_step = state.step
         self.engine_version = None
 
@@ -289,48 +254,6 @@ class Trainer:
                 seed=derive_seed(self.config.trainer.seed, "rollout", step),
             )
 
-    def _marked(self, update: Sequence[MicroBatch], weights: BlendWeights, seed: int) -> Sequence[MicroBatch]:
-        """With what the loss wants computed over the whole update first, if anything."""
-        algorithm = self.config.algorithm
-        marks = marks_of(algorithm.policy_loss, algorithm.options)
-        if marks is None:
-            return update
-        lines = threshold_lines(algorithm.thresholds)
-        return mark_update(self.policy, update, marks, weights=weights, lines=lines, seed=seed)
-
-    def _token_loss(self, weights: BlendWeights, seed: int, observe: Observer | None) -> TokenLoss:
-        layout = self.policy.layout
-        return policy_token_loss(
-            self.config.algorithm,
-            weights,
-            max_response_tokens=self.config.rollout.max_response_tokens,
-            context_group=layout.context_group if layout.context_parallel > 1 else None,
-            seed=seed,
-            observe=observe,
-        )
-
-    def _dump(self, step: int, weights: BlendWeights) -> AbstractContextManager[RolloutDump | None]:
-        """Where the training tokens of this step go, on the ranks that hold them once; None when it is not due."""
-        every, layout = self.config.trainer.dump_every, self.policy.layout
-        if not (every and step % every == 0 and layout.reports_metrics):
-            return nullcontext()
-        algorithm = self.config.algorithm
-        settings = DumpSettings(
-            step=step,
-            parts=dist.get_world_size(layout.data_group),
-            group_size=self.config.rollout.group_size,
-            policy_loss=algorithm.policy_loss,
-            options=algorithm.options,
-            schedule=algorithm.schedule.name,
-            weights=weights,
-            lines=threshold_lines(algorithm.thresholds),
-            aggregation=algorithm.aggregation,
-            log_ratio_clamp=LOG_RATIO_CLAMP,
-            max_response_tokens=self.config.rollout.max_response_tokens,
-        )
-        dumps = Path(self.config.trainer.run_dir) / "dumps"
-        return RolloutDump(dumps, part=dist.get_rank(layout.data_group), settings=settings)
-
     def _check_rollouts(self, on_policy: dict[str, float], step: int, *, is_stale: bool) -> None:
         """Guards on numbers that are the same on every rank, so that all stop together.
 
@@ -349,22 +272,14 @@ class Trainer:
                 "raise the limit only if that is meant."
             )
 
-    def _check_first_update(self, sums: Sequence[MetricSums]) -> None:
-        if self.is_first_update:
-            self.is_first_update = False
-            distance = reduce_metrics(sums, self.policy.layout).means()["log_ratio_abs"]
-            if not distance <= KERNEL_NOISE:
-                raise RuntimeError(
-                    f"the mean |log ratio| of the first update is {distance:.3g}, above {KERNEL_NOISE}: old log-probs "
-                    "and training do not compute the same function."
-                )
-
     def _advanced(self, drawn: int) -> TrainerState:
         return replace(
             self.state,
             step=self.state.step + 1,
             consumed_samples=self.state.consumed_samples + drawn,
             weight_version=self.state.weight_version + 1,
+            skipped_updates=self.updates.skipped,
+            skips_in_a_row=self.updates.skips_in_a_row,
         )
 
     def _timer_metrics(self, rollout_metrics: dict[str, float]) -> dict[str, float]:
@@ -387,14 +302,6 @@ def _randomness_kept_by_a_stop() -> Iterator[None]:
     except StopRequested:
         load_rng_state(before)
         raise
-
-
-def _update_order(num_updates: int, seed: int, step: int, epoch: int) -> list[int]:
-    """The first epoch takes the updates as packed, later ones shuffle them."""
-    if epoch == 0:
-        return list(range(num_updates))
-    generator = torch.Generator().manual_seed(derive_seed(seed, "epoch", step, epoch))
-    return torch.randperm(num_updates, generator=generator).tolist()
 
 
 def _is_due(every: int, step: int, *, last: int) -> bool:

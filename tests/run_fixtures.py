@@ -99,9 +99,17 @@ def command(run_dir: Path, settings: dict[str, Any], processes: int, launcher: s
 
 @contextmanager
 def started(
-    run_dir: Path, settings: dict[str, Any], processes: int = 1, launcher: str = "script", prefix: str = ""
+    run_dir: Path,
+    settings: dict[str, Any],
+    processes: int = 1,
+    launcher: str = "script",
+    environment: dict[str, str] | None = None,
+    prefix: str = "",
 ) -> Iterator[subprocess.Popen[str]]:
-    """The run as a child in a session of its own, which is gone at the end. prefix: what a shell does before it."""
+    """The run as a child in a session of its own, which is gone at the end.
+
+    environment: beside this process's own. prefix: what a shell does before it.
+    """
     with socket.socket() as probe:  # the port of a run without torchrun
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -109,7 +117,7 @@ def started(
     child = subprocess.Popen(
         shell + command(run_dir, settings, processes, launcher),
         cwd=ROOT,
-        env=os.environ | {"MASTER_PORT": str(port), "WANDB_SILENT": "true"},
+        env=os.environ | {"MASTER_PORT": str(port), "WANDB_SILENT": "true"} | (environment or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

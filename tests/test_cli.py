@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "configs" / "tiny_cpu.yaml")
 
 
-COMMANDS = ("quickstart", "train", "evaluate", "convert", "report", "replay", "study")
+COMMANDS = ("quickstart", "train", "evaluate", "convert", "report", "replay", "doctor", "study")
 
 
 def refusal(*arguments: str) -> str:

@@ -99,7 +99,10 @@ def test_choices(minimal: Path, key: str):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["rollout.engine=vlm"], r"rollout\.engine=vlm must be one of vllm, native\. Did you mean vllm\?"),
+        (
+            ["rollout.engine=vlm"],
+            r"rollout\.engine=vlm must be one of vllm, native, servers\. Did you mean vllm\?",
+        ),
         (
             ["algorithm.schedule.nmae=id"],
             r"algorithm\.schedule\.nmae is not .* Did you mean algorithm\.schedule\.name\?",

@@ -31,8 +31,12 @@ DOCUMENTS = [
     "docs/evaluation.md",
     "docs/replay.md",
     "docs/security.md",
+    "docs/slurm.md",
+    "docs/doctor.md",
 ]
-TOP_LEVEL = "configs|docs|launch|megatron_fec|requirements|tests"  # tracked folders; runs/ is made by running
+TOP_LEVEL = (
+    "configs|docs|launch|megatron_fec|requirements|slurm|tests"  # tracked folders; runs/ is made by running
+)
 SECTIONS = "model|policy|optimizer|algorithm|rollout|data|warm_start|trainer"
 FORBIDDEN = ["/root/", "/home/", "/work/", "/tmp/", "../", "shared/"]
 

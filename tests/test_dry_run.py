@@ -123,6 +123,14 @@ def test_the_memory_of_the_papers_model(qwen_7b: Path):
     assert "at about 14.3 kB a token" in text
 
 
+def test_a_reference_policy_lies_in_host_memory(qwen_7b: Path):
+    settings = [f"model.path={qwen_7b}", "algorithm.policy_loss=clip+kl"]
+    config = load_config(ROOT / "configs" / "qwen7b_did.yaml", settings)
+    assert "host memory: the reference policy, 3.81 GB for each rank" in dry_run_text(
+        config, nodes=1, gpus_per_node=8
+    )
+
+
 def test_the_batch_arithmetic(tmp_path: Path):
     config = tiny(tmp_path, "policy.tensor_parallel=1", "policy.micro_batch_tokens=100", "algorithm.epochs=3")
     text = dry_run_text(config, nodes=1, gpus_per_node=3)

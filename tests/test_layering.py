@@ -29,6 +29,8 @@ FLOORS = {  # first part of the name below megatron_fec
     "token_loss": 4,
     "collection": 4,
     "strategy_state": 4,
+    "step_dump": 4,
+    "updates": 4,
     "stop": 4,
     "marks": 4,
     "job": 4,
@@ -53,6 +55,11 @@ FLOORS = {  # first part of the name below megatron_fec
     "serving": 4,
     "convert": 4,
     "dry_run": 4,
+    "doctor": 4,
+    "doctor_checks": 4,
+    "doctor_inputs": 4,
+    "doctor_nodes": 4,
+    "doctor_bandwidth": 4,
     "cli": 5,
 }
 # Beside the floors: what a part must not import, and who alone may import a package.

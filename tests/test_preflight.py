@@ -18,7 +18,7 @@ from ranks import run_on_ranks
 from torch._C._distributed_c10d import HashStore
 from transformers import AutoConfig
 
-from megatron_fec import preflight
+from megatron_fec import hub, preflight
 from megatron_fec.config import Config, ConfigError, load_config, save_config
 from megatron_fec.convert import convert
 from megatron_fec.policy.checkpoint import MODEL_SIZES
@@ -175,7 +175,7 @@ def test_a_hub_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def fail(*_: object, **__: object) -> str:
         raise LocalEntryNotFoundError("no network\nmore about it")
 
-    monkeypatch.setattr(preflight, "snapshot_download", fail)
+    monkeypatch.setattr(hub, "snapshot_download", fail)
     with pytest.raises(
         ConfigError, match=r"model\.path=org/name is neither .* fetched: no network Give a folder"
     ) as error:
@@ -194,8 +194,8 @@ def test_a_model_without_safetensors(model: Path, tmp_path: Path):
 def test_a_tokenizer_without_an_end(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     load = preflight.AutoTokenizer.from_pretrained
 
-    def without_end(path: Path) -> Any:
-        tokenizer = load(path)
+    def without_end(path: Path, **options: Any) -> Any:
+        tokenizer = load(path, **options)
         tokenizer.eos_token = None
         return tokenizer
 

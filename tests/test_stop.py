@@ -10,6 +10,7 @@ import json
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -19,14 +20,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from policy_fixtures import allow_children, spare_the_helper
+from policy_fixtures import allow_children
 from ranks import run_on_ranks
-from run_fixtures import CONFIG, SETTINGS, SMALL, assert_same_weights, rows_of
+from run_fixtures import CONFIG, ROOT, SETTINGS, SMALL, assert_same_weights, rows_of
 
 from megatron_fec import launcher
 from megatron_fec.config import load_config
 from megatron_fec.job import train
-from megatron_fec.stop import DONE, Stop, StopRequested, listen, mark_done
+from megatron_fec.stop import DONE, SIGNALS, Stop, StopRequested, listen, mark_done
 
 MAX_STEPS = SMALL["trainer.max_steps"]
 CLEAN = {"unwritten": {}}  # of a checkpoint that waits for no validation
@@ -47,7 +48,6 @@ def run(
 
     def job(own_rank: int) -> None:
         allow_children()
-        spare_the_helper()
         listen()
         random.seed(5)  # unlike torch's, a run does not seed these two
         np.random.seed(5)
@@ -264,6 +264,18 @@ def test_an_inherited_ignore_does_not_hide_the_signal() -> None:
         return str(request.value)
 
     assert run_on_ranks(1, job) == ["SIGUSR1"]
+
+
+def test_what_the_run_starts_blocks_the_signals_too() -> None:
+    """Python's resource tracker, which vLLM and Megatron's helpers bring, unblocks SIGTERM where it is started."""
+    code = (
+        "import subprocess, sys; from multiprocessing import resource_tracker; from megatron_fec.stop import listen; "
+        "listen(); resource_tracker.ensure_running(); "
+        "subprocess.run(['grep', 'SigBlk', '/proc/self/status'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    mask = int(done.stdout.split()[1], 16)
+    assert mask == sum(1 << number - 1 for number in SIGNALS)
 
 
 def test_a_signal_that_an_older_thread_takes_counts() -> None:

@@ -50,6 +50,8 @@ class TrainerState:
     strategies: dict[str, Any] = field(
         default_factory=dict
     )  # state of the loss and of the advantages, if any
+    skipped_updates: int = 0  # in the whole run, by trainer.on_nonfinite=skip
+    skips_in_a_row: int = 0  # up to now
     unwritten: dict[str, float] = field(
         default_factory=dict
     )  # metrics of the last step, if a stop put off its validation
@@ -124,6 +126,7 @@ def _sharding_metadata() -> dict[str, Any]:
 
 
 def sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
+    """Megatron's part: this rank's shards of model and optimizer, and the step of the learning rate."""
     metadata = _sharding_metadata()
     model = unwrapped(policy.model).sharded_state_dict(metadata=metadata)  # type: ignore[operator]
     optimizer = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)

@@ -174,12 +174,7 @@ class EngineClient:
         sender = self._make_sender(own, size, self._deadlines.transfer)
         self.ask(
             "/connect",
-            {
-                "master_address": own,
-                "master_port": sender.port,
-                "world_size": size,
-                "timeout": self._deadlines.transfer,
-            },
+            {**sender.meeting, "world_size": size, "timeout": self._deadlines.transfer},
         )
         fault = self._transferred(sender.connect)
         if fault:

@@ -7,6 +7,7 @@ behind and stop every later one ("create shm in SHMManager failed. errno: 17").
 
 from __future__ import annotations
 
+import os
 import uuid
 from pathlib import Path
 
@@ -26,5 +27,5 @@ class RunCPUWorker(CPUWorker):
         super().init_device()
         if dist.is_initialized():
             dist.barrier()  # every engine's ranks have opened theirs
-        for path in Path("/dev/shm").glob(f"{name[0]}-*"):
+        for path in Path("/dev/shm").glob(f"{os.environ['VLLM_DIST_IDENT']}-*"):
             path.unlink(missing_ok=True)  # the mappings stay; the memory goes with the processes

@@ -53,6 +53,10 @@ class ServedVllm:
     def is_busy(self) -> bool:
         return self._llm.llm_engine.has_unfinished_requests()
 
+    def close(self) -> None:
+        """Ends the workers of tensor parallelism."""
+        self._llm.llm_engine.engine_core.shutdown()
+
     def start(self, prompts: list[ServerPrompt], sampling: Sampling) -> None:
         inputs = [TokensPrompt(prompt_token_ids=prompt.token_ids) for prompt in prompts]
         params = [sampling_params(sampling, prompt.seed) for prompt in prompts]

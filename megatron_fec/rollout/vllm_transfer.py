@@ -7,7 +7,10 @@ not been run on a GPU.
 
 from __future__ import annotations
 
-import socket
+import base64
+import ctypes
+import multiprocessing
+import signal
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +20,7 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
-from vllm.distributed.utils import StatelessProcessGroup
+from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -30,18 +33,20 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from megatron_fec.rollout.weight_transfer import checksum, combined, gloo_group, layout, unpacked
 
 BACKEND = "buckets"
+PR_SET_PDEATHSIG = 1  # of Linux: a signal for this process when its parent ends
 
 
 @dataclass
 class BucketInit(WeightTransferInitInfo):
-    """Where the trainer, rank 0 of the group, is met."""
+    """How the trainer, rank 0 of the group, is met."""
 
     backend: str  # gloo | nccl
-    master_address: str
-    master_port: int
     world_size: int  # the trainer and the engine's tensor-parallel ranks
     bind: str  # address of this engine's own sockets (gloo)
     timeout: float  # seconds for one bucket
+    master_address: str = ""  # these two: gloo
+    master_port: int = 0
+    nccl_unique_id_b64: str = ""
 
 
 @dataclass
@@ -68,10 +73,9 @@ class BucketTransferEngine(WeightTransferEngine[BucketInit, BucketUpdate]):
         self.shutdown()
         if init_info.backend == "nccl":
             nccl = NCCLWeightTransferInitInfo(
-                master_address=init_info.master_address,
-                master_port=init_info.master_port,
                 rank_offset=1,
                 world_size=init_info.world_size,
+                nccl_unique_id_b64=init_info.nccl_unique_id_b64,
             )
             self.group = worker_init_process_group(nccl, self.parallel_config)
             return
@@ -146,27 +150,25 @@ class TransferState:
 
 
 class NcclSender:
-    """A `Sender` (weight_transfer.py) from a GPU of the trainer; the rendezvous listens on `address` only."""
+    """A `Sender` (weight_transfer.py) from a GPU of the trainer.
 
-    def __init__(self, *, address: str, world_size: int, timeout: float, device: torch.device) -> None:
-        self._listener = socket.create_server((address, 0))
-        self.port: int = self._listener.getsockname()[1]
-        self._address, self._world_size, self._timeout = address, world_size, timeout
+    Both ends meet by NCCL's unique id, which travels by the signed connection: vLLM's other way, a store, is open to
+    everyone and holds pickles.
+    """
+
+    def __init__(self, *, world_size: int, timeout: float, device: torch.device) -> None:
+        self._id = bytes(NCCLLibrary().ncclGetUniqueId().internal)
+        self.meeting = {"nccl_unique_id_b64": base64.b64encode(self._id).decode()}
+        self._world_size, self._timeout = world_size, timeout
         self._device = device  # threads have a current device of their own, so it is always named
         self._communicator: PyNcclCommunicator | None = None
         self._stream = torch.cuda.Stream(device)
 
     def connect(self) -> None:
         with torch.cuda.device(self._device):
-            group = StatelessProcessGroup.create(
-                host=self._address,
-                port=self.port,
-                rank=0,
-                world_size=self._world_size,
-                store_timeout=int(self._timeout),
-                listen_socket=self._listener,
+            self._communicator = PyNcclCommunicator.from_unique_id_bytes(
+                self._id, rank=0, world_size=self._world_size, device=self._device
             )
-            self._communicator = PyNcclCommunicator(group, device=self._device)
 
     def send(self, data: Tensor) -> None:
         """On a stream of its own: a dead engine must not stop the stream that trains."""
@@ -189,6 +191,9 @@ class NcclSender:
             self._communicator = None
 
 
-# Workers that vLLM spawns import this module by the name of TransferState, and then know the backend.
+# Workers that vLLM spawns import this module by the name of TransferState, and then know the backend. A worker that is
+# caught in a collective does not see that its server was killed, and would keep the GPU from the next one.
+if multiprocessing.parent_process() is not None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, BucketTransferEngine)

@@ -49,7 +49,7 @@ class Bucket:
 class Sender(Protocol):
     """The trainer's end of a connection to one engine, all its tensor-parallel ranks included."""
 
-    port: int  # where the engine meets it
+    meeting: dict[str, Any]  # what the engine must know to meet it; goes by the signed connection
 
     def connect(self) -> None:
         """Waits for the engine."""
@@ -122,10 +122,11 @@ class GlooSender:
     def __init__(self, *, address: str, world_size: int, timeout: float) -> None:
         self._address, self._world_size, self._timeout = address, world_size, timeout
         listener = socket.create_server((address, 0))
-        self.port = listener.getsockname()[1]
+        port: int = listener.getsockname()[1]
+        self.meeting: dict[str, Any] = {"master_address": address, "master_port": port}
         self._store = TCPStore(
             address,
-            self.port,
+            port,
             world_size,
             True,
             timedelta(seconds=timeout),

@@ -63,6 +63,8 @@ def send(host: str, port: int, request: Request, *, key: bytes, timeout: float) 
         connection.request("POST", request.path, body=request.body, headers=headers)
         answer = connection.getresponse()
         body = _read(answer, time.monotonic() + timeout)
+    except http.client.RemoteDisconnected:
+        raise  # an OSError too: the server ended
     except http.client.HTTPException as error:
         raise WireError(f"its answer is not whole ({error!r})") from error
     finally:
