@@ -53,6 +53,7 @@ ALLOWED = {  # (file, call) -> why it is safe
     ("benchmarks/implementations.py", "load"): "a function of its own",
     ("megatron_fec/serving.py", "AutoTokenizer.from_pretrained"): "JSON and text; no code of the model",
     ("megatron_fec/engines.py", "AutoConfig.from_pretrained"): "JSON; no code of the model",
+    ("megatron_fec/doctor_inputs.py", "snapshot_download"): "finds what is here already",
     ("megatron_fec/dry_run.py", "hf_hub_download"): "one file of JSON",
     ("megatron_fec/rollout/fleet.py", "client.load"): "sends weights",
     ("megatron_fec/rollout/server_engine.py", "fleet.load"): "sends weights",
