@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -207,12 +209,13 @@ def _start_ranks(script: str, config_path: Path, overrides: list[str], count: in
         max_restarts=0,
         run_id=str(os.getpid()),
     )
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # meant for the ranks where a whole job gets it
     path = str(PROJECT / "launch" / script)
     elastic_launch(launch, sys.executable)(path, "--config", str(config_path), *overrides)
 
 
 def _said_in_one_line(work: Callable[[], object]) -> None:
-    """A user's mistake ends in one line and exit code 2."""
+    """A user's mistake ends in one line and exit code 2; a signal that ended the ranks, in the shell's code for it."""
     try:
         work()
     except (ConfigError, FileNotFoundError) as error:
@@ -220,3 +223,5 @@ def _said_in_one_line(work: Callable[[], object]) -> None:
         raise typer.Exit(2) from error
     except ChildFailedError as error:
         raise typer.Exit(error.get_first_failure()[1].exitcode) from error
+    except SignalException as error:  # the launcher has passed it on and waited for the ranks
+        raise typer.Exit(128 + error.sigval) from error

@@ -126,9 +126,8 @@ class TrainerConfig:
     async_save: bool = False  # training goes on while a checkpoint is written; takes its size in host memory
     eval_every: int = 0  # steps; 0 is off
     eval_samples: int = 8  # responses per validation prompt
-    dump_every: int = (
-        0  # steps; the training tokens of such a step go to dumps/ for megatron-fec replay; 0 is off
-    )
+    dump_every: int = 0  # steps; the tokens of such a step go to dumps/ for megatron-fec replay; 0 is off
+    on_nonfinite: str = "stop"  # stop | skip: an update whose log-probs, loss or gradients are not finite
     wandb: str = "off"  # off | offline | online
 
 
@@ -163,6 +162,7 @@ CHOICES = {
     "optimizer.lr_schedule": ("constant", "cosine"),
     "rollout.engine": ("vllm", "native"),
     "data.prompt_style": ("boxed", "chat", "plain"),
+    "trainer.on_nonfinite": ("stop", "skip"),
     "trainer.resume": ("auto", "never"),
     "trainer.wandb": ("off", "offline", "online"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,21 +28,29 @@ from megatron_fec.report import write_report
 from megatron_fec.rollout.engine import Engine, true_vocab_size
 from megatron_fec.rollout.packing import PackLayout
 from megatron_fec.run_log import RunLog
+from megatron_fec.step_dump import StepDumps
+from megatron_fec.stop import Stop, StopRequested, is_done, mark_done
 from megatron_fec.strategy_state import StrategyState
 from megatron_fec.tasks.arithmetic import demonstrations
 from megatron_fec.tasks.verifier import Verifier
 from megatron_fec.trainer import Trainer
+from megatron_fec.updates import Updates
 from megatron_fec.warm_start import BATCH_SIZE, LEARNING_RATE, Demonstration, run_warm_start
 
 WARM_DIR = "warm_start"  # in the run folder: the checkpoint after the supervised steps
 
 
-def train(config: Config) -> None:
-    """Checks, builds, trains, and leaves hf/ and report.html in the run folder."""
+def train(config: Config, *, end_time: float | None = None) -> None:
+    """Checks, builds, trains, and leaves hf/, report.html and DONE in the run folder, unless the run is told to stop."""
     disable_progress_bar()  # transformers' own, one a rank for every file
     layout = initialize_parallel(config.policy, seed=config.trainer.seed)
     inputs = prepare_inputs(config, data_parallel=layout.data_parallel)
     run_dir = Path(config.trainer.run_dir)
+    step = inputs.state.step if inputs.state else None
+    if is_done(run_dir, step=step, max_steps=config.trainer.max_steps):
+        if dist.get_rank() == 0:
+            print(f"{run_dir} is finished at step {step}. Raise trainer.max_steps to train on.", flush=True)
+        return
     log = RunLog(
         run_dir,
         total_steps=config.trainer.max_steps,
@@ -50,26 +59,39 @@ def train(config: Config) -> None:
         config_text=OmegaConf.to_yaml(OmegaConf.structured(config)),
     )
     log.note(_headline(config, inputs, layout))
-    trainer = _build_trainer(config, inputs, layout, log)
     try:
-        _resume(trainer, inputs)
-        if dist.get_rank() == 0:  # not before: a refused resume leaves the run's own
-            save_config(config, run_dir / "config.yaml")
-        trainer.fit()
-        export_hf(trainer.policy, inputs.model_dir, run_dir / "hf")
-    finally:
-        trainer.collector.verifier.close()
-        log.finish()
-    if dist.get_rank() == 0:
-        write_report([run_dir], run_dir / "report.html")
-    log.note(f"report      {run_dir / 'report.html'}")
-    log.note(f"checkpoint  {run_dir / 'hf'}  (Hugging Face)")
+        _train_and_export(config, inputs, layout, log, Stop(end_time))
+    except StopRequested as request:
+        log.note(f"stopped by {request}: nothing is lost, the same command goes on from there")
     dist.barrier()
 
 
-def _build_trainer(config: Config, inputs: Inputs, layout: ParallelLayout, log: RunLog) -> Trainer:
+def _train_and_export(
+    config: Config, inputs: Inputs, layout: ParallelLayout, log: RunLog, stop: Stop
+) -> None:
+    run_dir = Path(config.trainer.run_dir)
+    try:
+        trainer = _build_trainer(config, inputs, layout, log, stop)
+        with closing(trainer.collector.verifier):
+            _resume(trainer, inputs)
+            if dist.get_rank() == 0:  # not before: a refused resume leaves the run's own
+                save_config(config, run_dir / "config.yaml")
+            trainer.fit()
+            export_hf(trainer.policy, inputs.model_dir, run_dir / "hf")
+    finally:
+        log.finish()
+    if dist.get_rank() == 0:
+        write_report([run_dir], run_dir / "report.html")
+        mark_done(run_dir, step=trainer.state.step)
+    log.note(f"report      {run_dir / 'report.html'}")
+    log.note(f"checkpoint  {run_dir / 'hf'}  (Hugging Face)")
+
+
+def _build_trainer(
+    config: Config, inputs: Inputs, layout: ParallelLayout, log: RunLog, stop: Stop
+) -> Trainer:
     if config.warm_start.steps and (inputs.checkpoint is None or needs_reference(config.algorithm)):
-        inputs = replace(inputs, model_dir=_warm_started(config, inputs, layout, log))
+        inputs = replace(inputs, model_dir=_warm_started(config, inputs, layout, log, stop))
     policy = _policy(config, inputs, config.optimizer, layout, total_steps=config.trainer.max_steps)
     state = TrainerState(step=0, consumed_samples=0, weight_version=0, schedule={})
     return Trainer(
@@ -86,7 +108,11 @@ def _build_trainer(config: Config, inputs: Inputs, layout: ParallelLayout, log: 
         ),
         train_prompts=inputs.train.prompts,
         validation_prompts=inputs.validation.prompts if inputs.validation else (),
+        updates=Updates(
+            config=config, policy=policy, dumps=StepDumps(config=config, layout=layout), note=log.note
+        ),
         log=log,
+        stop=stop,
         pack_layout=_pack_layout(config, layout),
         state=state,
         # Before a checkpoint is loaded: the policy still has the weights of model.path, or of the warm start.
@@ -104,7 +130,8 @@ def _resume(trainer: Trainer, inputs: Inputs) -> None:
                 f"warning: {damaged} is damaged, {fault}; it is called damaged_{damaged.name} now"
             )
         trainer.log.note(f"resumed from {inputs.checkpoint}")
-    trainer.log.truncate_to(trainer.state.step)
+    # A row that was put off was never written, or will be written again.
+    trainer.log.truncate_to(trainer.state.step - bool(trainer.state.unwritten))
 
 
 def _policy(
@@ -147,7 +174,7 @@ def _pack_layout(config: Config, layout: ParallelLayout) -> PackLayout:
     )
 
 
-def _warm_started(config: Config, inputs: Inputs, layout: ParallelLayout, log: RunLog) -> Path:
+def _warm_started(config: Config, inputs: Inputs, layout: ParallelLayout, log: RunLog, stop: Stop) -> Path:
     """The checkpoint after the supervised steps, made unless an earlier start of this run has made it."""
     target = Path(config.trainer.run_dir) / WARM_DIR
     settings = config.warm_start
@@ -165,7 +192,12 @@ def _warm_started(config: Config, inputs: Inputs, layout: ParallelLayout, log: R
     )
     policy = _policy(config, inputs, optimizer, layout, total_steps=settings.steps)
     run_warm_start(
-        policy, _demonstrations(config, inputs), settings, layout=_pack_layout(config, layout), note=log.note
+        policy,
+        _demonstrations(config, inputs),
+        settings,
+        layout=_pack_layout(config, layout),
+        note=log.note,
+        before_step=stop.check,
     )
     export_hf(policy, inputs.model_dir, target)
     if dist.get_rank() == 0:

@@ -14,42 +14,58 @@ import torch
 
 from megatron_fec.config import ConfigError, load_config
 from megatron_fec.evaluation_config import load_evaluation
+from megatron_fec.stop import end_time, listen
 
 
 def main() -> None:
-    """Trains. Exit codes: 0 done, 2 a setting is wrong (said once, by rank 0), 1 anything else."""
-    _run("Train a policy with entropy-controlled GRPO.", _train)
+    """Trains. Exit codes: 0 finished or stopped as asked, 2 a setting is wrong (said once, by rank 0), 1 anything else.
+
+    A finished run has a file DONE in its folder; a stopped one goes on when the same command is given again.
+    """
+    listen()
+    parser = _parser("Train a policy with entropy-controlled GRPO.")
+    parser.add_argument(
+        "--end-time",
+        type=end_time,
+        metavar="EPOCH_SECONDS",
+        help="save and stop before this time, such as $(($(date +%%s) + 3600))",
+    )
+    _run(parser, _train)
 
 
 def evaluate_main() -> None:
     """Evaluates; the same exit codes."""
-    _run("Sample benchmarks and report mean@k and pass@k.", _evaluate)
+    _run(_parser("Sample benchmarks and report mean@k and pass@k."), _evaluate)
 
 
-def _run(description: str, work: Callable[[str, list[str]], object]) -> None:
+def _parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, help="a YAML file; the project's own are in configs/")
     parser.add_argument("overrides", nargs="*", help="settings in the form key=value")
+    return parser
+
+
+def _run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], object]) -> None:
     arguments = parser.parse_args()
     be_one_rank()
     try:
-        work(arguments.config, arguments.overrides)
+        work(arguments)
     except ConfigError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
-def _train(path: str, overrides: list[str]) -> None:
-    config = load_config(path, overrides)
+def _train(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, arguments.overrides)
     # Imported after the configuration is known to be right: megatron-core takes seconds.
     from megatron_fec.job import train
 
-    train(config)
+    train(config, end_time=arguments.end_time)
 
 
-def _evaluate(path: str, overrides: list[str]) -> None:
-    config = load_evaluation(path, overrides)
+def _evaluate(arguments: argparse.Namespace) -> None:
+    config = load_evaluation(arguments.config, arguments.overrides)
     from megatron_fec.evaluation_job import evaluate  # for the same reason
 
     evaluate(config)

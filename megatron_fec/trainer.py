@@ -6,42 +6,36 @@ Memory moves in prepare_for_* and finish_* only: the engine sleeps while the pol
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from megatron_fec.algorithm.entropy_change import derived
 from megatron_fec.algorithm.schedules import Schedule
-from megatron_fec.algorithm.strategies import marks_of
-from megatron_fec.algorithm.thresholds import threshold_lines
 from megatron_fec.collection import Collector
 from megatron_fec.config import Config, ConfigError
 from megatron_fec.evaluate import evaluation_metrics
-from megatron_fec.marks import mark_update
-from megatron_fec.metrics import MetricSums
-from megatron_fec.policy.checkpoint import TrainerState, load_checkpoint
+from megatron_fec.policy.checkpoint import TrainerState, load_checkpoint, load_rng_state, rng_state
 from megatron_fec.policy.checkpoint_save import Saver
 from megatron_fec.policy.device import device, release_cached_memory
+from megatron_fec.policy.nonfinite import NonFiniteError
 from megatron_fec.policy.reference import ReferencePolicy
-from megatron_fec.policy.step import Policy, TokenLoss, compute_logprobs, reduce_metrics, train_update
+from megatron_fec.policy.step import (
+    Policy,
+    compute_logprobs,
+)
 from megatron_fec.policy.weights import hf_weights
 from megatron_fec.rollout.packing import PackLayout, pack, with_sample_values
-from megatron_fec.rollout_dump import DumpSettings, RolloutDump
 from megatron_fec.run_log import TOKENS_PER_SECOND, RunLog, Timers
 from megatron_fec.seeds import derive_seed
+from megatron_fec.stop import Stop, StopRequested
 from megatron_fec.strategy_state import StrategyState
 from megatron_fec.tasks.prompts import PromptOrder
-from megatron_fec.token_loss import Observer, policy_token_loss
-from megatron_fec.types import LOG_RATIO_CLAMP, BlendWeights, MicroBatch, Prompt
-
-KERNEL_NOISE = (
-    1e-3  # largest mean |log ratio| before the first update: the same weights through the same kernel
-)
+from megatron_fec.types import BlendWeights, MicroBatch, Prompt
+from megatron_fec.updates import Updates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,34 +57,64 @@ class Trainer:
     strategy_state: StrategyState
     train_prompts: Sequence[Prompt]
     validation_prompts: Sequence[Prompt]
+    updates: Updates
     log: RunLog
     pack_layout: PackLayout
     state: TrainerState
+    stop: Stop
     reference: ReferencePolicy | None = None
     timers: Timers = field(default_factory=Timers)
     saver: Saver = field(default_factory=Saver)
     engine_version: int | None = None  # of the weights in the engine
-    is_first_update: bool = True  # of this process
+    saved_step: int = 0  # of the newest checkpoint
 
     def fit(self) -> None:
-        """Steps until trainer.max_steps: sample, score, log-probs, schedule, updates, log, save and evaluate when due."""
-        settings = self.config.trainer
-        while self.state.step < settings.max_steps:
-            step = self.state.step
-            self.timers.reset()
-            with self.timers("step"):
-                rollouts = self.generate_rollouts(step)
-                weights = self.schedule.weights(step, rollouts.entropy)
-                optim_metrics = self.run_training(rollouts, weights, step)
-                self.state = self._advanced(rollouts.drawn)
-            metrics = rollouts.metrics | optim_metrics
-            if settings.eval_every and _is_due(settings.eval_every, step + 1, last=settings.max_steps):
-                metrics |= self.run_validation(step + 1)
-            self.log.write(step, metrics | self._timer_metrics(rollouts.metrics))
-            if _is_due(settings.save_every, step + 1, last=settings.max_steps):
+        """Steps until trainer.max_steps: sample, score, log-probs, schedule, updates, log, save and evaluate when due.
+
+        StopRequested where all ranks agree to stop before that; every finished step is saved then, and the one that
+        was under way, of which no update has been made, leaves no trace.
+        """
+        try:
+            if self.state.unwritten:
+                self.finish_step(self.state.unwritten)
+            while self.state.step < self.config.trainer.max_steps:
+                step = self.state.step
+                self.stop.check("step", "save")
+                self.timers.reset()
+                with self.timers("step"), _randomness_kept_by_a_stop():
+                    rollouts = self.generate_rollouts(step)
+                    weights = self.schedule.weights(step, rollouts.entropy)
+                    optim_metrics = self.run_training(rollouts, weights, step)
+                    self.state = self._advanced(rollouts.drawn)
+                self.finish_step(rollouts.metrics | optim_metrics)
+        except StopRequested as request:
+            if self.state.step > self.saved_step:
                 self.save()
-            self.note_saved(wait=False)
+            self.note_saved(wait=True)
+            steps = f"{self.state.step} of {self.config.trainer.max_steps} steps"
+            raise StopRequested(f"{request} after {steps}") from request
         self.note_saved(wait=True)
+
+    def finish_step(self, metrics: dict[str, float]) -> None:
+        """Validation when due, the row, and a checkpoint when due, of the step that has just been trained.
+
+        A stop puts the validation off: it may take longer than the grace after SIGTERM.
+        """
+        settings, step = self.config.trainer, self.state.step
+        if settings.eval_every and _is_due(settings.eval_every, step, last=settings.max_steps):
+            try:
+                self.stop.check("validate", "save")
+            except StopRequested:
+                self.state = replace(self.state, unwritten=metrics | self._timer_metrics(metrics))
+                raise
+            metrics = metrics | self.run_validation(step)
+        self.log.write(step - 1, metrics | self._timer_metrics(metrics))
+        self.state = replace(self.state, unwritten={})
+        if _is_due(settings.save_every, step, last=settings.max_steps):
+            self.save()
+        self.note_saved(wait=False)
+        save = {"save": self.saver.slowest} if self.saver.slowest else {}
+        self.stop.learn(self.timers.seconds() | save)
 
     def generate_rollouts(self, step: int) -> Rollouts:
         """Samples and scores one batch of prompts; scoring overlaps with the log-prob pass."""
@@ -101,6 +125,7 @@ class Trainer:
                 self._draw, version=self.state.weight_version, seed=derive_seed(seed, "rollout", step)
             )
         self.finish_inference()
+        self.stop.check("logprobs", "verify", "train", "save")
         groups = collection.groups
         with self.timers("logprobs"):
             updates = pack(
@@ -109,9 +134,13 @@ class Trainer:
                 prompts_per_update=algorithm.prompts_per_update,
                 seed=derive_seed(seed, "updates", step),
             )
-            updates, sums = compute_logprobs(self.policy, updates)
+            try:
+                updates, sums = compute_logprobs(self.policy, updates)
+            except NonFiniteError as error:
+                raise self.updates.refuse(error, updates, step) from error
             if self.reference is not None:
                 updates = self.reference.fill(self.policy, updates)
+        self.stop.check("verify", "train", "save")  # the last: from here on the step changes what is saved
         with self.timers("verify"):
             rewards, metrics = self.collector.rewards(collection)
         on_policy = sums.means()
@@ -126,41 +155,12 @@ class Trainer:
         )
 
     def run_training(self, rollouts: Rollouts, weights: BlendWeights, step: int) -> dict[str, float]:
-        """All optimizer updates of one step. Later epochs visit the same mini-batches in another order."""
+        """All optimizer updates of one step."""
         self.prepare_for_training()
-        sums: list[MetricSums] = []
-        grad_norms: list[float] = []
-        with self.timers("train"), self._dump(step, weights) as dump:
-            self.policy.scheduler.step(increment=1)
-            for epoch in range(self.config.algorithm.epochs):
-                for index in _update_order(len(rollouts.updates), self.config.trainer.seed, step, epoch):
-                    seed = derive_seed(self.config.trainer.seed, "loss", step, epoch, index)
-                    update = self._marked(rollouts.updates[index], weights, seed)
-                    observe = (
-                        partial(dump.add, update=len(grad_norms), epoch=epoch, seed=seed) if dump else None
-                    )
-                    try:
-                        update_sums, grad_norm = train_update(
-                            self.policy, update, self._token_loss(weights, seed, observe)
-                        )
-                    except RuntimeError as error:
-                        raise RuntimeError(f"step {step}, epoch {epoch}, update {index}: {error}") from error
-                    self._check_first_update(update_sums)
-                    sums += update_sums
-                    grad_norms.append(grad_norm)
+        with self.timers("train"):
+            metrics = self.updates.run(rollouts.updates, weights, step)
         self.finish_training()
-        means = reduce_metrics(sums, self.policy.layout).means()
-        metrics = (
-            means
-            | derived(means)
-            | self.schedule.metrics()
-            | {
-                "grad_norm": sum(grad_norms) / len(grad_norms),
-                "lr": float(self.policy.optimizer.param_groups[0]["lr"]),
-                "weight_upper": weights.upper,
-                "weight_lower": weights.lower,
-            }
-        )
+        metrics |= self.schedule.metrics() | {"weight_upper": weights.upper, "weight_lower": weights.lower}
         return {f"train_optim/{name}": value for name, value in metrics.items()}
 
     def run_validation(self, step: int) -> dict[str, float]:
@@ -196,6 +196,7 @@ class Trainer:
             keep=settings.keep_checkpoints,
             in_background=settings.async_save,
         )
+        self.saved_step = state.step
         self.finish_training()
 
     def note_saved(self, *, wait: bool) -> None:
@@ -216,6 +217,8 @@ class Trainer:
         self.schedule.load_state_dict(saved)
         self.strategy_state.load_state_dict(state.strategies)
         self.state = state
+        self.updates.skipped, self.updates.skips_in_a_row = state.skipped_updates, state.skips_in_a_row
+        self.saved_step = state.step
         self.engine_version = None
 
     def prepare_for_inference(self) -> None:
@@ -244,48 +247,6 @@ class Trainer:
             self.train_prompts[i] for i in order.batch(self.state.consumed_samples + batch * count, count)
         ]
 
-    def _marked(self, update: Sequence[MicroBatch], weights: BlendWeights, seed: int) -> Sequence[MicroBatch]:
-        """With what the loss wants computed over the whole update first, if anything."""
-        algorithm = self.config.algorithm
-        marks = marks_of(algorithm.policy_loss, algorithm.options)
-        if marks is None:
-            return update
-        lines = threshold_lines(algorithm.thresholds)
-        return mark_update(self.policy, update, marks, weights=weights, lines=lines, seed=seed)
-
-    def _token_loss(self, weights: BlendWeights, seed: int, observe: Observer | None) -> TokenLoss:
-        layout = self.policy.layout
-        return policy_token_loss(
-            self.config.algorithm,
-            weights,
-            max_response_tokens=self.config.rollout.max_response_tokens,
-            context_group=layout.context_group if layout.context_parallel > 1 else None,
-            seed=seed,
-            observe=observe,
-        )
-
-    def _dump(self, step: int, weights: BlendWeights) -> AbstractContextManager[RolloutDump | None]:
-        """Where the training tokens of this step go, on the ranks that hold them once; None when it is not due."""
-        every, layout = self.config.trainer.dump_every, self.policy.layout
-        if not (every and step % every == 0 and layout.reports_metrics):
-            return nullcontext()
-        algorithm = self.config.algorithm
-        settings = DumpSettings(
-            step=step,
-            parts=dist.get_world_size(layout.data_group),
-            group_size=self.config.rollout.group_size,
-            policy_loss=algorithm.policy_loss,
-            options=algorithm.options,
-            schedule=algorithm.schedule.name,
-            weights=weights,
-            lines=threshold_lines(algorithm.thresholds),
-            aggregation=algorithm.aggregation,
-            log_ratio_clamp=LOG_RATIO_CLAMP,
-            max_response_tokens=self.config.rollout.max_response_tokens,
-        )
-        dumps = Path(self.config.trainer.run_dir) / "dumps"
-        return RolloutDump(dumps, part=dist.get_rank(layout.data_group), settings=settings)
-
     def _check_rollouts(self, on_policy: dict[str, float], step: int) -> None:
         """Guards on numbers that are the same on every rank, so that all stop together."""
         entropy, mismatch = on_policy["entropy"], on_policy["mismatch"]
@@ -301,42 +262,36 @@ class Trainer:
                 "raise the limit only if that is meant."
             )
 
-    def _check_first_update(self, sums: Sequence[MetricSums]) -> None:
-        if self.is_first_update:
-            self.is_first_update = False
-            distance = reduce_metrics(sums, self.policy.layout).means()["log_ratio_abs"]
-            if not distance <= KERNEL_NOISE:
-                raise RuntimeError(
-                    f"the mean |log ratio| of the first update is {distance:.3g}, above {KERNEL_NOISE}: old log-probs "
-                    "and training do not compute the same function."
-                )
-
     def _advanced(self, drawn: int) -> TrainerState:
         return replace(
             self.state,
             step=self.state.step + 1,
             consumed_samples=self.state.consumed_samples + drawn,
             weight_version=self.state.weight_version + 1,
+            skipped_updates=self.updates.skipped,
+            skips_in_a_row=self.updates.skips_in_a_row,
         )
 
     def _timer_metrics(self, rollout_metrics: dict[str, float]) -> dict[str, float]:
-        """Seconds by name, the slowest rank's, and response tokens per second of the whole step."""
+        """Seconds by name, the slowest rank's, and response tokens per second of the whole step if it was timed."""
         seconds = self.timers.seconds()
         slowest = torch.tensor(list(seconds.values()), device=device(), dtype=torch.float64)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         timers = dict(zip(seconds, slowest.tolist(), strict=True))
         tokens = rollout_metrics["train_rollouts/response_tokens"]
-        return {f"timers/{name}": value for name, value in timers.items()} | {
-            TOKENS_PER_SECOND: tokens / timers["step"]
-        }
+        rate = {TOKENS_PER_SECOND: tokens / timers["step"]} if "step" in timers else {}
+        return {f"timers/{name}": value for name, value in timers.items()} | rate
 
 
-def _update_order(num_updates: int, seed: int, step: int, epoch: int) -> list[int]:
-    """The first epoch takes the updates as packed, later ones shuffle them."""
-    if epoch == 0:
-        return list(range(num_updates))
-    generator = torch.Generator().manual_seed(derive_seed(seed, "epoch", step, epoch))
-    return torch.randperm(num_updates, generator=generator).tolist()
+@contextmanager
+def _randomness_kept_by_a_stop() -> Iterator[None]:
+    """The random states are those before the block, if a stop gives it up."""
+    before = rng_state()
+    try:
+        yield
+    except StopRequested:
+        load_rng_state(before)
+        raise
 
 
 def _is_due(every: int, step: int, *, last: int) -> bool:

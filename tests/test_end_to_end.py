@@ -104,6 +104,7 @@ def test_a_run_leaves_its_settings(undisturbed: Path, puzzles: Path):
         "step_000020",
     ]
     assert sorted(path.name for path in undisturbed.iterdir()) == [
+        "DONE",
         "checkpoints",
         "config.yaml",
         "hf",

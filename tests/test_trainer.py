@@ -7,7 +7,8 @@ import pytest
 
 from megatron_fec.config import ConfigError, load_config
 from megatron_fec.policy.checkpoint import TrainerState
-from megatron_fec.trainer import Trainer, _is_due, _update_order
+from megatron_fec.trainer import Trainer, _is_due
+from megatron_fec.updates import update_order
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny_cpu.yaml"
 
@@ -22,7 +23,9 @@ def test_a_checkpoint_of_another_schedule_is_refused(tmp_path: Path):
         strategy_state=nothing,
         train_prompts=(),
         validation_prompts=(),
+        updates=nothing,
         log=nothing,
+        stop=nothing,
         pack_layout=nothing,
         state=TrainerState(step=0, consumed_samples=0, weight_version=0, schedule={}),
     )
@@ -37,8 +40,8 @@ def test_saving_and_evaluating_when_due():
 
 
 def test_later_epochs_shuffle_the_updates():
-    assert _update_order(6, 0, 3, 0) == [0, 1, 2, 3, 4, 5]
-    second = _update_order(6, 0, 3, 1)
+    assert update_order(6, 0, 3, 0) == [0, 1, 2, 3, 4, 5]
+    second = update_order(6, 0, 3, 1)
     assert sorted(second) == [0, 1, 2, 3, 4, 5] and second != sorted(second)
-    assert _update_order(6, 0, 3, 1) == second
-    assert _update_order(6, 0, 4, 1) != second
+    assert update_order(6, 0, 3, 1) == second
+    assert update_order(6, 0, 4, 1) != second

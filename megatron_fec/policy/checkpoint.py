@@ -49,6 +49,11 @@ class TrainerState:
     strategies: dict[str, Any] = field(
         default_factory=dict
     )  # state of the loss and of the advantages, if any
+    skipped_updates: int = 0  # in the whole run, by trainer.on_nonfinite=skip
+    skips_in_a_row: int = 0  # up to now
+    unwritten: dict[str, float] = field(
+        default_factory=dict
+    )  # metrics of the last step, if a stop put off its validation
 
 
 def read_trainer_state(checkpoint: Path, *, hf_config: Any, distributed_optimizer: bool) -> TrainerState:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 
 from megatron_fec.config import OptimizerConfig, PolicyConfig
+from megatron_fec.policy.nonfinite import GradientWatch
 
 CONSTANT_STEPS = 2**31  # a decay that never arrives: megatron's constant schedule still asks for its length
 
 
 def wrap_ddp(
-    model: torch.nn.Module, config: TransformerConfig, policy: PolicyConfig
+    model: torch.nn.Module, config: TransformerConfig, policy: PolicyConfig, gradients: GradientWatch
 ) -> DistributedDataParallel:
     """Megatron's DDP; gradients are summed in fp32 over DP x CP and divided by the global count in finalize."""
     wrapped = DistributedDataParallel(
@@ -31,7 +28,7 @@ def wrap_ddp(
         ),
         module=model,
     )
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = gradients.finalize
     config.no_sync_func = wrapped.no_sync
     return wrapped
 

@@ -20,6 +20,7 @@ from megatron_fec.config import OptimizerConfig, PolicyConfig
 from megatron_fec.metrics import MetricSums
 from megatron_fec.policy.device import device
 from megatron_fec.policy.model import PolicyModel, build_bridge, build_model, forward, load_hf_config
+from megatron_fec.policy.nonfinite import GRADIENTS, LOGPROBS, LOSS, NORM, GradientWatch, check_finite
 from megatron_fec.policy.optimizer import build_optimizer, wrap_ddp
 from megatron_fec.policy.parallel import ParallelLayout, check_model_sizes
 from megatron_fec.types import LossOutput, MicroBatch, TokenStats
@@ -37,6 +38,7 @@ class Policy:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     clip_grad: float
+    gradients: GradientWatch
 
 
 def build_policy(
@@ -61,7 +63,8 @@ def build_policy(
         logits_chunk_tokens=policy.logits_chunk_tokens,
     )
     bridge.load_weights([unwrapped(model)], model_path)
-    wrapped = wrap_ddp(model, megatron_config, policy)
+    gradients = GradientWatch()
+    wrapped = wrap_ddp(model, megatron_config, policy, gradients)
     built, scheduler = build_optimizer(wrapped, policy, optimizer, total_steps=total_steps)
     return Policy(
         model=wrapped,
@@ -70,6 +73,7 @@ def build_policy(
         optimizer=built,
         scheduler=scheduler,
         clip_grad=optimizer.clip_grad,
+        gradients=gradients,
     )
 
 
@@ -80,8 +84,10 @@ def compute_logprobs(
 
     Forward only, through the kernel of training, so that the first update's ratio is exactly 1. The sums are those of
     the whole batch, equal on every rank. Off the last pipeline stage the micro-batches come back unchanged.
+    A log-prob that is not finite raises NonFiniteError on every rank.
     """
     filled: list[list[MicroBatch]] = []
+    is_finite = torch.tensor(True, device=device())
     sums: list[MetricSums] = []
     for update in updates:
         pairs = token_statistics(policy, update, second_moments=False)
@@ -92,6 +98,9 @@ def compute_logprobs(
             ]
         )
         sums += [_on_policy_sums(mb, s) for mb, s in pairs if s is not None]
+        for mb, s in pairs:
+            is_finite &= s is None or _finite_logprobs(mb, s)
+    check_finite(policy.model, policy.layout, {LOGPROBS: is_finite})
     return filled, reduce_metrics(sums, policy.layout)
 
 
@@ -113,20 +122,26 @@ def train_update(
     """One optimizer step. Returns this rank's metric sums (empty off the last stage) and the gradient norm.
 
     The loss sum over all tokens of all ranks is divided once, by the all-reduced count, in Megatron's finalize step.
-    A gradient that is not finite raises RuntimeError on every rank before the optimizer moves.
+    A log-prob, loss or gradient that is not finite raises NonFiniteError on every rank before the optimizer moves.
     """
     micro_batches = [_on_device(micro_batch) for micro_batch in micro_batches]
     policy.model.train()
     _core(policy).second_moments = True  # of the metrics; the same collective carries them
     policy.model.zero_grad_buffer()
     policy.optimizer.zero_grad()
-    metrics = _run(policy, micro_batches, partial(_loss, token_loss), forward_only=False)
+    results = _run(policy, micro_batches, partial(_loss, token_loss), forward_only=False)
     policy.optimizer.prepare_grads()
     grad_norm = float(policy.optimizer.clip_grad_norm(policy.clip_grad))
-    if not math.isfinite(grad_norm):
-        raise RuntimeError(f"the gradient norm is {grad_norm}: {_first_nonfinite(policy, metrics)}")
+    flags = torch.stack([flags for _, flags in results] or [torch.ones(2, dtype=torch.bool)]).all(0)
+    is_finite = {
+        LOGPROBS: flags[0],
+        LOSS: flags[1],
+        GRADIENTS: policy.gradients.is_finite,
+        NORM: math.isfinite(grad_norm),
+    }
+    check_finite(policy.model, policy.layout, is_finite)
     policy.optimizer.step_with_ready_grads()
-    return metrics, grad_norm
+    return [metrics for metrics, _ in results], grad_norm
 
 
 def reduce_metrics(sums: Sequence[MetricSums], layout: ParallelLayout) -> MetricSums:
@@ -195,9 +210,16 @@ def _keep_stats(micro_batch: MicroBatch, stats: TokenStats) -> tuple[Tensor, Ten
 
 def _loss(
     token_loss: TokenLoss, micro_batch: MicroBatch, stats: TokenStats
-) -> tuple[Tensor, Tensor, MetricSums]:
+) -> tuple[Tensor, Tensor, tuple[MetricSums, Tensor]]:
+    """Third: the metrics, and whether log-probs and loss are finite, [2] bool."""
     out = token_loss(stats, micro_batch)
-    return out.loss_sum, out.count.int(), out.metrics.with_pair("loss", (out.loss_sum, out.count))
+    flags = torch.stack([_finite_logprobs(micro_batch, stats), out.loss_sum.isfinite()])
+    metrics = out.metrics.with_pair("loss", (out.loss_sum, out.count))
+    return out.loss_sum, out.count.int(), (metrics, flags)
+
+
+def _finite_logprobs(micro_batch: MicroBatch, stats: TokenStats) -> Tensor:
+    return (stats.logprobs.isfinite() | ~micro_batch.response_mask).all()
 
 
 def _on_policy_sums(micro_batch: MicroBatch, stats: TokenStats) -> MetricSums:
@@ -211,25 +233,3 @@ def _on_policy_sums(micro_batch: MicroBatch, stats: TokenStats) -> MetricSums:
             "logprob": (stats.logprobs[mask].double().sum(), count),
         }
     )
-
-
-def _first_nonfinite(policy: Policy, metrics: Sequence[MetricSums]) -> str:
-    """Names the first rank and tensor with a value that is not finite; every rank calls it."""
-    found = None
-    bad_metrics = [
-        name for m in metrics for name, row in zip(m.names, m.sums, strict=True) if not row.isfinite().all()
-    ]
-    if bad_metrics:
-        found = f"metric {bad_metrics[0]} of the loss"
-    else:
-        for name, parameter in policy.model.named_parameters():
-            gradient = getattr(parameter, "main_grad", None)
-            if gradient is not None and not gradient.isfinite().all():
-                found = f"gradient of {name}"
-                break
-    everyone: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, found)
-    # A loss goes bad on the rank that computes it; gradients then spread it everywhere.
-    causes = [(rank, text) for rank, text in enumerate(everyone) if text]
-    causes.sort(key=lambda cause: not cause[1].startswith("metric"))
-    return f"first on rank {causes[0][0]}, {causes[0][1]}." if causes else "no rank holds the cause."

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_fec.config import Config, ConfigError, load_config
 from megatron_fec.run_log import Row, read_rows
+from megatron_fec.stop import DONE
 from megatron_fec.study.exact import FAMILIES, entropy_change, make_states
 from megatron_fec.study.quantities import (
     CLIP_LOWER,
@@ -174,6 +175,8 @@ def _train(unit: Unit, work: Path, *more: str) -> Path:
         ).returncode
     if code != 0:
         raise RuntimeError(f"{unit.name}: training ended with exit code {code}; {log} says why.")
+    if not (run / DONE).is_file():
+        raise RuntimeError(f"{unit.name}: training was stopped before its end; start the study again.")
     return run
 
 
