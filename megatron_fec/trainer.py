@@ -6,7 +6,6 @@ Memory moves in prepare_for_* and finish_* only: the engine sleeps while the pol
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -65,7 +64,6 @@ class Trainer:
     saver: Saver = field(default_factory=Saver)
     engine_version: int | None = None  # of the weights in the engine
     saved_step: int = 0  # of the newest checkpoint
-    save_started: float = 0.0  # seconds, of that
 
     def fit(self) -> None:
         """Steps until trainer.max_steps: sample, score, log-probs, schedule, updates, log, save and evaluate when due.
@@ -92,6 +90,7 @@ class Trainer:
             self.note_saved(wait=True)
             steps = f"{self.state.step} of {self.config.trainer.max_steps} steps"
             raise StopRequested(f"{request} after {steps}") from request
+        self.note_saved(wait=True)
 
     def finish_step(self, metrics: dict[str, float]) -> None:
         """Validation when due, the row, and a checkpoint when due, of the step that has just been trained.
@@ -110,7 +109,7 @@ class Trainer:
         self.state = replace(self.state, unwritten={})
         if _is_due(settings.save_every, step, last=settings.max_steps):
             self.save()
-        self.note_saved(wait=step == settings.max_steps)
+        self.note_saved(wait=False)
         self.stop.learn(self.timers.seconds())
 
     def generate_rollouts(self, step: int) -> Rollouts:
@@ -187,7 +186,6 @@ class Trainer:
             schedule={"name": name, **self.schedule.state_dict()},
             strategies=self.strategy_state.state_dict(),
         )
-        self.save_started = time.monotonic()
         self.saver.save(
             self.policy,
             Path(settings.run_dir) / "checkpoints",
@@ -201,9 +199,7 @@ class Trainer:
     def note_saved(self, *, wait: bool) -> None:
         """Tells of checkpoints that are on disk by now, and raises what went wrong with one in the background."""
         for saved in self.saver.finished(wait=wait):
-            self.stop.learn(
-                {"save": time.monotonic() - self.save_started}
-            )  # in the background, until it was seen
+            self.stop.learn({"save": self.saver.slowest})
             self.log.note(f"saved {saved}")
 
     def load_state_dict(self, checkpoint: Path, state: TrainerState) -> None:

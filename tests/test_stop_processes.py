@@ -25,6 +25,7 @@ ENDLESS = SMALL | {  # until a signal comes
     "algorithm.schedule.total_steps": 9000,
     "trainer.max_steps": 9000,
     "trainer.keep_checkpoints": 2,
+    "trainer.async_save": True,  # a stop waits for it
 }
 
 
@@ -111,6 +112,6 @@ def test_a_run_stopped_by_what_clusters_send_is_the_undisturbed_one(tmp_path: Pa
     assert not (run_dir / DONE).exists()
     train(run_dir, finite, processes=2)
     assert (run_dir / DONE).read_text() == f"{second + 2}\n"
-    undisturbed = train(tmp_path / "undisturbed", finite, processes=2)
+    undisturbed = train(tmp_path / "undisturbed", finite | {"trainer.async_save": False}, processes=2)
     assert rows_of(run_dir) == rows_of(undisturbed)
     assert_same_weights(run_dir / "hf", undisturbed / "hf")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -57,6 +58,8 @@ class Saver:
     def __init__(self) -> None:
         self._background: AsyncCallsQueue | None = None
         self._finished: list[Path] = []
+        self._started = 0.0
+        self.slowest = 0.0  # seconds that one took from the call of save() until it was whole
 
     def save(
         self, policy: Policy, directory: Path, state: TrainerState, *, keep: int, in_background: bool
@@ -66,6 +69,7 @@ class Saver:
         in_background: the policy may change when this returns; finished() tells when the checkpoint is there.
         """
         self._finished = self.finished(wait=True)
+        self._started = time.monotonic()
         save = _begin(policy, directory, state, keep=keep)
         if in_background:
             self._background = AsyncCallsQueue()
@@ -91,6 +95,7 @@ class Saver:
 
     def _finish(self, save: Save) -> None:
         self._finished.append(_finish(save))
+        self.slowest = max(self.slowest, time.monotonic() - self._started)
 
 
 def save_checkpoint(policy: Policy, directory: Path, state: TrainerState, *, keep: int) -> Path:
