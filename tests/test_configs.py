@@ -63,7 +63,9 @@ def test_arithmetic_of_the_32b_run(num_nodes: int):
     """Qwen2.5-32B: 40 query heads, 8 key and value heads, a vocabulary of 152064 rows."""
     config = load_config(CONFIGS / "qwen32b_id.yaml")
     policy, rollout = config.policy, config.rollout
-    data_parallel = 8 * num_nodes // (policy.tensor_parallel * policy.pipeline_parallel * policy.context_parallel)
+    data_parallel = (
+        8 * num_nodes // (policy.tensor_parallel * policy.pipeline_parallel * policy.context_parallel)
+    )
     assert data_parallel == num_nodes
     for parallel in (policy.tensor_parallel, rollout.tensor_parallel):
         assert [size % parallel for size in (40, 8, 152064, 8)] == [0, 0, 0, 0]
