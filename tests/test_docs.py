@@ -33,7 +33,9 @@ DOCUMENTS = [
     "docs/security.md",
     "docs/slurm.md",
 ]
-TOP_LEVEL = "configs|docs|launch|megatron_fec|requirements|slurm|tests"  # tracked folders; runs/ is made by running
+TOP_LEVEL = (
+    "configs|docs|launch|megatron_fec|requirements|slurm|tests"  # tracked folders; runs/ is made by running
+)
 SECTIONS = "model|policy|optimizer|algorithm|rollout|data|warm_start|trainer"
 FORBIDDEN = ["/root/", "/home/", "/work/", "/tmp/", "../", "shared/"]
 
