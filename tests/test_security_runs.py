@@ -1,14 +1,18 @@
 """Whole runs with secrets in the environment and a trap in the checkpoint: what they write, say and refuse."""
 
+import hashlib
 import importlib.util
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from run_fixtures import COMMAND, DEADLINE, outcome
+
+from megatron_fec.policy.checkpoint_files import MANIFEST
 
 pytestmark = pytest.mark.slow
 
@@ -111,28 +115,29 @@ class Trap:
 def test_a_checkpoint_that_a_stranger_may_have_written_is_not_read(
     run: tuple[Path, str], tmp_path: Path
 ) -> None:
-    """Neither to go on nor to convert; the trap in it does work."""
-    folder, canary = run[0], tmp_path / "canary"
+    """Neither to go on nor to convert, though the checksums are right; the trap in it does work."""
+    folder, canary = tmp_path / "run", tmp_path / "canary"
+    shutil.copytree(run[0], folder)
     (checkpoint,) = (folder / "checkpoints").iterdir()
     metadata = checkpoint / ".metadata"
-    original = metadata.read_bytes()
+    sums = checkpoint / MANIFEST
+    original = hashlib.sha256(metadata.read_bytes()).hexdigest()
     metadata.write_bytes(pickle.dumps(Trap(canary)))
     metadata.chmod(0o666)
-    try:
-        code, text = outcome(folder, RUN | {"trainer.max_steps": 3})
-        assert code == 2
-        assert f"error: trainer.resume: {metadata} can be written by every user of this machine" in text
-        converted = subprocess.run(
-            [sys.executable, "-c", COMMAND, "convert", str(checkpoint), str(tmp_path / "hf")],
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE,
-        )
-        assert converted.returncode == 2
-        assert "can be written by every user" in " ".join(converted.stderr.split())
-        assert not canary.exists()
-        pickle.loads(metadata.read_bytes())
-        assert canary.exists()
-    finally:
-        metadata.write_bytes(original)
-        metadata.chmod(0o644)
+    changed = sums.read_text().replace(original, hashlib.sha256(metadata.read_bytes()).hexdigest())
+    assert changed != sums.read_text()
+    sums.write_text(changed)
+    code, text = outcome(folder, RUN | {"trainer.max_steps": 3})
+    assert code == 2
+    assert f"error: trainer.resume: {metadata} can be written by every user of this machine" in text
+    converted = subprocess.run(
+        [sys.executable, "-c", COMMAND, "convert", str(checkpoint), str(tmp_path / "hf")],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert converted.returncode == 2
+    assert "can be written by every user" in " ".join(converted.stderr.split())
+    assert not canary.exists()
+    pickle.loads(metadata.read_bytes())
+    assert canary.exists()
