@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from policy_fixtures import (
+    allow_children,
     assert_same_weights,
     clip_token_loss,
     copied_weights,
