@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         key = getattr(error, "full_key", None) or "a value"
         raise ConfigError(f"{key} in {path}: {str(error).splitlines()[0]}.") from error
     assert isinstance(config, Config)
+    if config.trainer.wandb == "False":  # what YAML makes of a bare `off`
+        config.trainer.wandb = "off"
     correct_staleness(config.rollout, config.algorithm)
     config.validate()
     return config
@@ -294,10 +297,7 @@ def _unknown_key(key: str, path: str | Path) -> str:
 
 
 def _get(config: Config, key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
+    return reduce(getattr, key.split("."), config)
 
 
 def _check_choices(config: Config) -> None:

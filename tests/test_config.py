@@ -191,6 +191,10 @@ def test_settings_beside_the_rules_are_accepted(minimal: Path, overrides: list[s
     load_config(minimal, overrides)
 
 
+def test_a_bare_off_is_not_false(minimal: Path):
+    assert load_config(minimal, ["trainer.wandb=off"]).trainer.wandb == "off"
+
+
 def test_missing_file_names_the_folder_of_examples(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"nowhere\.yaml does not exist.*configs/"):
         load_config(tmp_path / "nowhere.yaml")
