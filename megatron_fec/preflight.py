@@ -251,8 +251,10 @@ def check_disk(config: Config, run_dir: Path, model_dir: Path) -> None:
         )
     parameters = weights / 2  # bf16 files; an fp32 file only makes the estimate safer
     needed = parameters * BYTES_PER_PARAMETER * (config.trainer.keep_checkpoints + 1) + 2 * weights
-    checkpoints = run_dir / "checkpoints"  # of an earlier start, which new ones replace
-    held = sum(file.stat().st_size for file in checkpoints.rglob("*") if file.is_file())
+    # What an earlier start has saved makes room for new checkpoints, but not what it has set aside.
+    saved = [path for path in (run_dir / "checkpoints").glob("*") if not path.name.startswith("damaged_")]
+    files = [file for path in saved for file in (path, *path.rglob("*")) if file.is_file()]
+    held = sum(file.stat().st_size for file in files)
     free = shutil.disk_usage(run_dir).free + held
     if free < needed:
         raise ConfigError(

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron_fec.algorithm.schedules import Schedule
 from megatron_fec.collection import Collector
 from megatron_fec.config import Config, ConfigError
+from megatron_fec.errors import RunError
 from megatron_fec.evaluate import evaluation_metrics
 from megatron_fec.policy.checkpoint import TrainerState, load_checkpoint, load_rng_state, rng_state
 from megatron_fec.policy.checkpoint_save import Saver
@@ -90,6 +91,9 @@ class Trainer:
             self.note_saved(wait=True)
             steps = f"{self.state.step} of {self.config.trainer.max_steps} steps"
             raise StopRequested(f"{request} after {steps}") from request
+        except RunError:
+            self.note_saved(wait=True)  # all ranks are here: a save in the background can still become whole
+            raise
         self.note_saved(wait=True)
 
     def finish_step(self, metrics: dict[str, float]) -> None:
@@ -102,10 +106,10 @@ class Trainer:
             try:
                 self.stop.check("validate", "save")
             except StopRequested:
-                self.state = replace(self.state, unwritten=metrics | self._timer_metrics(metrics))
+                self.state = replace(self.state, unwritten=self._timer_metrics(metrics) | metrics)
                 raise
             metrics = metrics | self.run_validation(step)
-        self.log.write(step - 1, metrics | self._timer_metrics(metrics))
+        self.log.write(step - 1, self._timer_metrics(metrics) | metrics)
         self.state = replace(self.state, unwritten={})
         if _is_due(settings.save_every, step, last=settings.max_steps):
             self.save()
@@ -262,12 +266,10 @@ class Trainer:
         """
         entropy, mismatch = on_policy["entropy"], on_policy["mismatch"]
         if not (math.isfinite(entropy) and entropy > 0):
-            raise RuntimeError(
-                f"step {step}: the policy's entropy is {entropy}; it must be finite and positive."
-            )
+            raise RunError(f"step {step}: the policy's entropy is {entropy}; it must be finite and positive.")
         limit = self.config.rollout.mismatch_limit
         if not (is_stale and math.isfinite(mismatch)) and not mismatch <= limit:
-            raise RuntimeError(
+            raise RunError(
                 f"step {step}: trainer and engine log-probs differ by {mismatch:.3g} on average, more than "
                 f"rollout.mismatch_limit={limit}. The engine's weights or precision are not the policy's; "
                 "raise the limit only if that is meant."

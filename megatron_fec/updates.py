@@ -11,6 +11,7 @@ from megatron_fec.algorithm.entropy_change import derived
 from megatron_fec.algorithm.strategies import marks_of
 from megatron_fec.algorithm.thresholds import threshold_lines
 from megatron_fec.config import Config
+from megatron_fec.errors import RunError
 from megatron_fec.marks import mark_update
 from megatron_fec.metrics import MetricSums
 from megatron_fec.policy.nonfinite import NonFiniteError
@@ -69,9 +70,7 @@ class Updates:
                     record.write(dump)
         return self._metrics(sums, grad_norms)
 
-    def refuse(
-        self, error: NonFiniteError, updates: Sequence[Sequence[MicroBatch]], step: int
-    ) -> RuntimeError:
+    def refuse(self, error: NonFiniteError, updates: Sequence[Sequence[MicroBatch]], step: int) -> RunError:
         """What to raise before any update of a step; all its tokens are dumped, with advantages of 0."""
         records = []
         for number, update in enumerate(updates):
@@ -82,7 +81,7 @@ class Updates:
             records.append(record)
         unknown = BlendWeights(upper=0.0, lower=0.0)  # the schedule is asked later
         folder = self.dumps.write("nonfinite_logprobs", step, unknown, *records)
-        return RuntimeError(f"step {step}, before its first update: {error}. Its tokens are in {folder}.")
+        return RunError(f"step {step}, before its first update: {error}. Its tokens are in {folder}.")
 
     def _update(
         self, micro_batches: Sequence[MicroBatch], weights: BlendWeights, record: UpdateRecord
@@ -100,11 +99,11 @@ class Updates:
             f"step {step}, epoch {record.epoch}, update {record.update}: {error}. Its tokens are in {folder}"
         )
         if self.config.trainer.on_nonfinite == "stop":
-            raise RuntimeError(f"{fault}; trainer.on_nonfinite=skip goes on without such updates.") from error
+            raise RunError(f"{fault}; trainer.on_nonfinite=skip goes on without such updates.") from error
         self.skipped += 1
         self.skips_in_a_row += 1
         if self.skips_in_a_row > MAX_SKIPS_IN_A_ROW:
-            raise RuntimeError(
+            raise RunError(
                 f"{fault}. The {MAX_SKIPS_IN_A_ROW} updates before it were skipped too, so it is not the batch: go "
                 "back to an older checkpoint, or lower optimizer.lr."
             ) from error
@@ -144,7 +143,7 @@ class Updates:
             self.is_first = False
             distance = reduce_metrics(sums, self.policy.layout).means()["log_ratio_abs"]
             if not distance <= KERNEL_NOISE:
-                raise RuntimeError(
+                raise RunError(
                     f"the mean |log ratio| of the first update is {distance:.3g}, above {KERNEL_NOISE}: old log-probs "
                     "and training do not compute the same function."
                 )

@@ -187,7 +187,7 @@ preflight() {
     srun_on all 1 run launch/doctor.py --config "$CONFIG" "${OVERRIDES[@]}"
     [[ -z $DRY_RUN ]] || { show preflight "${SRUN[@]}" && return 0; }
     run_step
-    [[ -z $STOP_REQUESTED$TERMINATED ]] || conclude "$CODE"
+    stop_before_training "$CODE"
     if ((CODE)); then
         echo "error: the preflight found a fault (exit code $CODE); it is named above. DOCTOR=off skips the preflight." >&2
         exit "$CODE"
@@ -210,6 +210,14 @@ conclude() {
         again
     fi
     exit "$code"
+}
+
+# stop_before_training CODE: ends a job that was told to stop before its trainer. DONE may be of an earlier, shorter run then: only
+# the trainer knows, and removes it.
+stop_before_training() {
+    [[ $STOP_REQUESTED$TERMINATED ]] || return 0
+    if [[ $TERMINATED ]] || (($1)); then conclude "$1"; fi
+    again
 }
 
 # Puts the job back into the queue; never returns.

@@ -126,6 +126,7 @@ code=0
 await_engines || code=1
 if ((code)) || [[ $STOP_REQUESTED$TERMINATED ]]; then
     end_step "$engines"
+    stop_before_training "$code"
     conclude "$code"
 fi
 "${SRUN[@]}" &

@@ -308,7 +308,11 @@ def test_too_little_disk(model: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         ConfigError, match=r"run has 0\.0 GB free, and 3 checkpoints of this model need 0\.0 GB\. Free"
     ):
         prepared(tmp_path, f"model.path={model}")
-    (tmp_path / "run" / "checkpoints").mkdir()
+    aside = tmp_path / "run" / "checkpoints" / "damaged_step_000001"
+    aside.mkdir(parents=True)
+    (aside / "kept").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"run has 0\.0 GB free"):
+        prepared(tmp_path, f"model.path={model}")
     (tmp_path / "run" / "checkpoints" / "half").write_bytes(b"x")  # new ones take the place of those there
     prepared(tmp_path, f"model.path={model}")
 

@@ -185,13 +185,16 @@ def _publish(save: Save, digests: dict[str, str]) -> None:
             digests[path.name] = synced_digest(path)
     write_manifest(save.writing, digests)
     final = save.directory / save.name
-    shutil.rmtree(final, ignore_errors=True)
+    replaced = [_moved_aside(final)] if final.exists() else []  # removed when the new one is in its place
     save.writing.rename(final)
     sync_folder(save.directory)
-    for old in find_checkpoints(save.directory)[: -save.keep]:
-        removing = save.directory / f".removing_{old.name}"
-        old.rename(removing)
-        shutil.rmtree(removing)
+    for old in replaced + [_moved_aside(path) for path in find_checkpoints(save.directory)[: -save.keep]]:
+        shutil.rmtree(old)
+
+
+def _moved_aside(checkpoint: Path) -> Path:
+    """Under a name that no start takes for a checkpoint, should this process be killed while it removes it."""
+    return checkpoint.rename(checkpoint.with_name(f".removing_{checkpoint.name}_{uuid.uuid4().hex[:8]}"))
 
 
 @contextmanager

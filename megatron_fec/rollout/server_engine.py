@@ -12,6 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_fec.errors import RunError
 from megatron_fec.rollout.engine import Sampling, engine_weights, gather_groups
 from megatron_fec.rollout.engine_client import Deadlines, MakeSender, in_background
 from megatron_fec.rollout.fleet import Fleet
@@ -92,7 +93,7 @@ class ServerEngine:
             if box[0] is not None:
                 break
         if box[0]:
-            raise RuntimeError(box[0]) from (future.exception() if future is not None else None)
+            raise RunError(box[0]) from (future.exception() if future is not None else None)
 
 
 def _outcome(future: Future) -> str | None:
