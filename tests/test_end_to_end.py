@@ -261,7 +261,7 @@ def test_engine_and_trainer_that_disagree_stop_all_ranks(task: dict[str, Any], t
     settings = task | TWO_STEPS | {"policy.tensor_parallel": 2, "rollout.mismatch_limit": 1e-12}
     code, text = outcome(tmp_path / "run", settings, 2, "megatron-fec")
     assert code == 1, text
-    assert text.count("RuntimeError: step 0: trainer and engine log-probs differ by") == 2, text
+    assert text.count("RunError: step 0: trainer and engine log-probs differ by") == 2, text
     assert "more than rollout.mismatch_limit=1e-12" in text
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
 

@@ -87,7 +87,7 @@ def test_a_traceback_shows_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyP
     folder = tmp_path / "run"
     code, text = outcome(folder, RUN | {"rollout.mismatch_limit": 1e-12}, launcher="megatron-fec")
     assert code == 1
-    assert "Traceback" in text and "RuntimeError: step 0: trainer and engine log-probs differ" in text
+    assert "Traceback" in text and "RunError: step 0: trainer and engine log-probs differ" in text
     assert leaks(folder, text) == []
 
 
