@@ -23,6 +23,8 @@ if ! command -v slurmctld slurmd munged sbatch ip nsenter cc >/dev/null || [[ ! 
     fi
     rm "$log"
 fi
-unshare --net --uts --ipc --mount --pid --fork --mount-proc true 2>/dev/null || skip "namespaces cannot be made here."
+network='ip link add bridge0 type bridge && ip link add one type veth peer name two'
+unshare --net --uts --ipc --mount --pid --fork --mount-proc sh -c "$network" 2>/dev/null ||
+    skip "namespaces with a network of their own cannot be made here."
 
 exec .venv/bin/python -m pytest -ra --durations=0 --durations-min=1 tests/slurm/cluster_*.py "$@"
