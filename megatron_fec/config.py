@@ -18,6 +18,7 @@ from yaml import YAMLError
 
 from megatron_fec.context_split import sequence_multiple
 from megatron_fec.errors import ConfigError as ConfigError
+from megatron_fec.policy_options import PRECISIONS, check_policy
 from megatron_fec.security import refuse_secrets
 from megatron_fec.server_config import check_servers, correct_staleness
 
@@ -33,11 +34,11 @@ class PolicyConfig:
     pipeline_parallel: int = 1
     context_parallel: int = 1
     sequence_parallel: bool = False
-    precision: str = "bf16"  # bf16 | fp32
+    precision: str = "bf16"  # bf16 | fp32 | fp8_delayed | fp8_tensorwise | fp8_blockwise | mxfp8
     distributed_optimizer: bool = True
     micro_batch_tokens: int = 16384  # of one forward, on all context ranks; a longer sequence is an error
     logits_chunk_tokens: int | None = None  # tokens whose logits may be in memory at one time; null is all
-    recompute: str = "none"  # none | selective | full
+    options: dict[str, Any] = field(default_factory=dict)  # memory, speed, experts, FP8: policy_options.py
 
 
 @dataclass(kw_only=True)
@@ -83,6 +84,7 @@ class AlgorithmConfig:
 class RolloutConfig:
     engine: str = "vllm"  # vllm | native | servers, which are processes of their own: docs/rollout_servers.md
     tensor_parallel: int = 1
+    precision: str = "policy"  # policy, as the policy's weights | fp8, quantized by vLLM
     prompts_per_step: int = MISSING
     group_size: int = 8
     max_refills: int = 0  # batches drawn for prompts whose rewards are all equal (dynamic sampling); 0 is off
@@ -151,15 +153,16 @@ class Config:
         _check_ranges(self)
         _check_batch(self)
         check_servers(self.rollout)
+        check_policy(self.policy)
         _check_schedule(self)
 
 
 # Strategies are not here: algorithm/strategies.py finds them in their dicts.
 CHOICES = {
-    "policy.precision": ("bf16", "fp32"),
-    "policy.recompute": ("none", "selective", "full"),
+    "policy.precision": PRECISIONS,
     "optimizer.lr_schedule": ("constant", "cosine"),
     "rollout.engine": ("vllm", "native", "servers"),
+    "rollout.precision": ("policy", "fp8"),
     "data.prompt_style": ("boxed", "chat", "plain"),
     "trainer.on_nonfinite": ("stop", "skip"),
     "trainer.resume": ("auto", "never"),
@@ -356,16 +359,13 @@ def _check_batch(config: Config) -> None:
     context = config.policy.context_parallel
     multiple = sequence_multiple(context)
     needed = -(-longest // multiple) * multiple
-    padding = (
-        f", padded to a multiple of {multiple} for policy.context_parallel={context}" if context > 1 else ""
-    )
     if config.policy.micro_batch_tokens < needed:
+        padding = f", padded to a multiple of {multiple} for policy.context_parallel={context}"
         raise ConfigError(
             f"policy.micro_batch_tokens={config.policy.micro_batch_tokens} must hold the longest sequence, "
-            f"{longest} = rollout.max_prompt_tokens + rollout.max_response_tokens{padding}. Use at least {needed}."
+            f"{longest} = rollout.max_prompt_tokens + rollout.max_response_tokens{padding if context > 1 else ''}. "
+            f"Use at least {needed}."
         )
-    if config.policy.sequence_parallel and config.policy.tensor_parallel == 1:
-        raise ConfigError("policy.sequence_parallel=true needs policy.tensor_parallel > 1. Set it to false.")
 
 
 def _check_schedule(config: Config) -> None:

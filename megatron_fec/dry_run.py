@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from megatron_fec.algorithm.strategies import needs_reference
 from megatron_fec.config import Config
 from megatron_fec.context_split import sequence_multiple
-from megatron_fec.policy.model import load_hf_config
+from megatron_fec.policy.model import DTYPES, load_hf_config
 from megatron_fec.policy.parallel import check_world
 from megatron_fec.policy.sizes import (
     StageMemory,
@@ -29,6 +29,7 @@ from megatron_fec.policy.sizes import (
     stage_memory,
 )
 from megatron_fec.policy.tiny_model import save_tiny_model
+from megatron_fec.policy_options import options_of_policy
 from megatron_fec.preflight import EMBEDDED, check_batch, check_engines, check_model
 from megatron_fec.tasks.arithmetic import VOCABULARY
 
@@ -151,8 +152,8 @@ def _memory_lines(config: Config, hf_config: Any, world_size: int) -> list[str]:
         *("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows),
         f"logits: of {tokens} tokens{chunk}, once, in {policy.precision}",
         *_host_lines(config, stages),
-        f"NOT included: activations (policy.recompute={policy.recompute}), communication buffers, CUDA contexts, and "
-        f"{_engine_memory(config, hf_config)}",
+        f"NOT included: activations (recompute: {options_of_policy(policy).recompute}), communication buffers, CUDA "
+        f"contexts, and {_engine_memory(config, hf_config)}",
     ]
 
 
@@ -179,7 +180,7 @@ def _engine_memory(config: Config, hf_config: Any) -> str:
     if rollout.engine != "vllm":
         return "what the engines hold on GPUs of their own"
     head = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
-    element = 2 if config.policy.precision == "bf16" else 4
+    element = DTYPES[config.policy.precision].itemsize
     per_token = 2 * hf_config.num_hidden_layers * hf_config.num_key_value_heads * head * element
     weights = parameter_count(hf_config) * element / rollout.tensor_parallel / 1e9
     return (

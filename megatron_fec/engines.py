@@ -54,7 +54,7 @@ def vllm_engine(
     return VllmEngine(
         model_dir=str(model_dir),
         vocab_size=true_vocab_size(tokenizer),
-        dtype="bfloat16" if precision == "bf16" else "float32",
+        dtype="float32" if precision == "fp32" else "bfloat16",
         tensor_parallel=tensor_parallel,
         max_model_len=max_model_len,
         gpu_memory_utilization=gpu_memory_utilization,

@@ -138,7 +138,7 @@ def _unknown_key(key: str, path: str | Path) -> str:
 
 def _check_choices(config: EvaluationConfig) -> None:
     chosen = {"rollout.engine": config.rollout.engine, "policy.precision": config.policy.precision}
-    allowed = {"rollout.engine": ("vllm", "native"), "policy.precision": CHOICES["policy.precision"]}
+    allowed = {"rollout.engine": ("vllm", "native"), "policy.precision": ("bf16", "fp32")}
     for name, benchmark in config.benchmarks.items():
         chosen[f"benchmarks.{name}.prompt_style"] = benchmark.prompt_style
         allowed[f"benchmarks.{name}.prompt_style"] = CHOICES["data.prompt_style"]

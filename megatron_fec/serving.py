@@ -125,7 +125,7 @@ def _engine(config: Config, run_dir: Path, address: str) -> ServedEngine:
     return ServedVllm(
         model_dir=str(model_dir),
         vocab_size=true_vocab_size(tokenizer),
-        dtype="bfloat16" if config.policy.precision == "bf16" else "float32",
+        dtype="float32" if config.policy.precision == "fp32" else "bfloat16",
         tensor_parallel=rollout.tensor_parallel,
         max_model_len=rollout.max_prompt_tokens + rollout.max_response_tokens,
         gpu_memory_utilization=rollout.gpu_memory_utilization,

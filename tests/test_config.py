@@ -244,3 +244,21 @@ def test_a_missing_base_is_named(tmp_path: Path):
     path.write_text("base: gone.yaml\n")
     with pytest.raises(ConfigError, match=r"gone\.yaml does not exist"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("recompute=most", "policy.options.recompute=most must be one of none, selective, full."),
+        ("virtual_stages=0", "policy.options.virtual_stages=0 must be an integer of at least 1."),
+        ("optimizer_on_host=1.5", r"policy.options.optimizer_on_host=1.5 must be in \[0, 1\]."),
+        ("overlap=1", "policy.options.overlap=1 must be true or false."),
+        (
+            "expert_paralel=2",
+            "policy.options.expert_paralel is not read by the policy. Did you mean expert_parallel?",
+        ),
+    ],
+)
+def test_an_option_of_the_policy_that_is_wrong(minimal: Path, option: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        load_config(minimal, [f"policy.options.{option}"])

@@ -118,7 +118,7 @@ def test_the_memory_of_the_papers_model(qwen_7b: Path):
     assert (distributed, plain) == pytest.approx((optimizer, 2 * optimizer), abs=0.02)
     assert logits == pytest.approx(16384 * 152064 / 4 * 2e-9, abs=0.01)
     assert total == pytest.approx(weights + gradients + optimizer + logits, abs=0.03)
-    assert "NOT included: activations (policy.recompute=full)" in text
+    assert "NOT included: activations (recompute: full)" in text
     assert "57.3 kB a token" not in text  # that of one GPU: keys and values are split over the engine's four
     assert "at about 14.3 kB a token" in text
 

@@ -97,15 +97,15 @@ LAYOUTS = [
     layout(2),
     layout(2, micro_batch_tokens=16, **DISTRIBUTED),
     layout(**TP2, **PP2),
-    layout(**TP2, **PP2, **SP, **DISTRIBUTED, micro_batch_tokens=32, recompute="full"),
-    layout(2, **TP2, **SP, **DISTRIBUTED, recompute="selective"),
+    layout(**TP2, **PP2, **SP, **DISTRIBUTED, micro_batch_tokens=32, options={"recompute": "full"}),
+    layout(2, **TP2, **SP, **DISTRIBUTED, options={"recompute": "selective"}),
     layout(2, **PP2, micro_batch_tokens=32),
     layout(4, **DISTRIBUTED),
     layout(**CP2),
-    layout(**CP2, **DISTRIBUTED, micro_batch_tokens=32, recompute="selective"),
+    layout(**CP2, **DISTRIBUTED, micro_batch_tokens=32, options={"recompute": "selective"}),
     layout(**CP2, **TP2, micro_batch_tokens=32, seed=2),
     layout(**CP2, **TP2, **SP, **DISTRIBUTED, micro_batch_tokens=32),
-    layout(**CP2, **PP2, micro_batch_tokens=32, recompute="full"),
+    layout(**CP2, **PP2, micro_batch_tokens=32, options={"recompute": "full"}),
     layout(2, **CP2, micro_batch_tokens=32),
     layout(2, **CP2, **DISTRIBUTED),
     layout(**TP2, logits_chunk_tokens=9),
@@ -206,8 +206,8 @@ def test_the_update_of_the_comparison_does_something(root: Path) -> None:
 @pytest.mark.parametrize(
     ("chosen", "same"),
     [
-        (layout(recompute="full"), ONE),
-        (layout(recompute="selective"), ONE),
+        (layout(options={"recompute": "full"}), ONE),
+        (layout(options={"recompute": "selective"}), ONE),
         (layout(**DISTRIBUTED), ONE),
         (layout(2, **DISTRIBUTED), layout(2)),
         (layout(**PP2, micro_batch_tokens=16), layout(micro_batch_tokens=16)),
@@ -238,7 +238,7 @@ def test_recomputing_runs_the_forward_again(root: Path, recompute: str, attentio
         nll_step(policy, batches)
         return counts
 
-    (counts,) = on_layout(model_dir(root, "qwen3"), job, fp32(recompute=recompute))
+    (counts,) = on_layout(model_dir(root, "qwen3"), job, fp32(options={"recompute": recompute}))
     assert sorted(counts.values()) == sorted([attention, layers] * 2)
 
 

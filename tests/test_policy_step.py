@@ -139,7 +139,12 @@ def test_an_update_is_that_of_the_equations(models: dict[str, Path], kind: str, 
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"tensor_parallel": 2, "sequence_parallel": True}, {"pipeline_parallel": 2}, {"recompute": "full"}],
+    [
+        {},
+        {"tensor_parallel": 2, "sequence_parallel": True},
+        {"pipeline_parallel": 2},
+        {"options": {"recompute": "full"}},
+    ],
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_first_ratio_is_exactly_1(

@@ -12,10 +12,6 @@ from mbridge.models.llama import LLaMABridge
 from mbridge.models.qwen2 import Qwen2Bridge
 from mbridge.models.qwen3 import Qwen3Bridge
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.parallel_state import is_pipeline_first_stage
 from megatron.core.tensor_parallel.mappings import (
@@ -24,27 +20,21 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron_fec.config import ConfigError, PolicyConfig
 from megatron_fec.policy.device import device
-from megatron_fec.policy.local_layers import PackedAttention, RMSNorm
+from megatron_fec.policy.layer_spec import block_spec, uses_transformer_engine
+from megatron_fec.policy.megatron_settings import megatron_settings
 from megatron_fec.policy.parallel import ParallelLayout
+from megatron_fec.policy_options import PRECISIONS
 from megatron_fec.types import MicroBatch, TokenStats
 from megatron_fec.vocab_parallel.chunked_head import chunked_head_token_stats
 from megatron_fec.vocab_parallel.token_stats import token_stats
 
-try:
-    import transformer_engine  # noqa: F401  # pyright: ignore[reportMissingImports]  # an optional extra
-
-    HAS_TRANSFORMER_ENGINE = True
-except ImportError:
-    HAS_TRANSFORMER_ENGINE = False
-
 BRIDGES: dict[str, type[LLMBridge]] = {"qwen2": Qwen2Bridge, "qwen3": Qwen3Bridge, "llama": LLaMABridge}
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {p: torch.float32 if p == "fp32" else torch.bfloat16 for p in PRECISIONS}  # of the weights
 # What the model built here computes; a checkpoint that asks for something else would load and be another function.
 FIXED_SETTINGS = {
     "hidden_act": "silu",
@@ -155,7 +145,7 @@ def build_bridge(hf_config: PretrainedConfig, policy: PolicyConfig) -> LLMBridge
     bridge.vocab_size = hf_config.vocab_size
     multiple = bridge.make_vocab_size_divisible_by
     bridge.padded_vocab_size = math.ceil(hf_config.vocab_size / multiple) * multiple
-    bridge.set_extra_args(**_megatron_settings(policy))
+    bridge.set_extra_args(**megatron_settings(policy))
     return bridge
 
 
@@ -176,7 +166,7 @@ def build_model(
     assert bridge.padded_vocab_size is not None
     model = PolicyModel(
         config=config,
-        transformer_layer_spec=_block_spec(config),
+        transformer_layer_spec=block_spec(config),
         vocab_size=bridge.padded_vocab_size,
         max_sequence_length=hf_config.max_position_embeddings,
         pre_process=is_pipeline_first_stage(),
@@ -237,45 +227,3 @@ def _rope_arguments(hf_config: PretrainedConfig) -> dict[str, Any]:
     raise ConfigError(
         f"the checkpoint's rope_parameters={rope} are not supported; use default, linear or llama3."
     )
-
-
-def _megatron_settings(policy: PolicyConfig) -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        "sequence_parallel": policy.sequence_parallel,
-        "calculate_per_token_loss": True,  # gradients are divided once, by the count over all ranks
-        "variable_seq_lengths": False,  # packing gives all micro-batches of an update one length
-        "masked_softmax_fusion": False,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-    }
-    if policy.recompute == "full":
-        settings |= {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        }
-    elif policy.recompute == "selective":
-        settings |= {"recompute_granularity": "selective"}
-    return settings
-
-
-def uses_transformer_engine() -> bool:
-    """Whether the layers are Transformer Engine's; it cannot run without a GPU."""
-    return HAS_TRANSFORMER_ENGINE and torch.cuda.is_available()
-
-
-def _block_spec(config: TransformerConfig) -> Any:
-    """Transformer Engine's layers where they can run, else the local ones with our norm and attention."""
-    if uses_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
-    layer: Any = spec.submodules
-    layer.input_layernorm = RMSNorm
-    layer.pre_mlp_layernorm = RMSNorm
-    attention = layer.self_attention.submodules
-    attention.core_attention = PackedAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = RMSNorm
-        attention.k_layernorm = RMSNorm
-    norm: Any = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=norm)

@@ -37,7 +37,7 @@ def build_optimizer(
     model: DistributedDataParallel, policy: PolicyConfig, settings: OptimizerConfig, *, total_steps: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """AdamW with fp32 master weights, and its schedule in steps (rollouts), of which step 0 is the first to count."""
-    is_bf16 = policy.precision == "bf16"
+    is_bf16 = policy.precision != "fp32"
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",

@@ -92,7 +92,7 @@ def stage_memory(hf_config: Any, policy: PolicyConfig, stage: int, *, world_size
     """What Megatron's model, DDP and AdamW hold on each rank of a stage, and the logits of a micro-batch."""
     count = stage_parameters(hf_config, policy, stage)
     element = DTYPES[policy.precision].itemsize
-    state = count * (MOMENT_BYTES + (MASTER_BYTES if policy.precision == "bf16" else 0))
+    state = count * (MOMENT_BYTES + (MASTER_BYTES if policy.precision != "fp32" else 0))
     shards = data_parallel_size(policy, world_size) * policy.context_parallel
     distributed = -(-state // shards)
     return StageMemory(
