@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -106,10 +106,22 @@ def started(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shell = ["bash", "-c", f'{prefix}; exec "$@"', "bash"] if prefix else []
-    child = subprocess.Popen(
+    with in_own_session(
         shell + command(run_dir, settings, processes, launcher),
+        {"MASTER_PORT": str(port), "WANDB_SILENT": "true"},
+    ) as child:
+        yield child
+
+
+@contextmanager
+def in_own_session(
+    command: Sequence[str | Path], environment: dict[str, str]
+) -> Iterator[subprocess.Popen[str]]:
+    """A child from the root of the repository, its output in one pipe; all of its session is gone at the end."""
+    child = subprocess.Popen(
+        command,
         cwd=ROOT,
-        env=os.environ | {"MASTER_PORT": str(port), "WANDB_SILENT": "true"},
+        env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

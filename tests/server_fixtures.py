@@ -1,4 +1,5 @@
-"""Rollout servers as processes, started again when they end, and a relay between trainer and server that injects faults."""
+"""Rollout servers as processes, started again when they end, what their clients are given,
+and a relay between the two that injects faults."""
 
 from __future__ import annotations
 
@@ -17,12 +18,25 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
+import torch
 from run_fixtures import CONFIG, ROOT
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_fec.rollout.engine import PackedGroups, Sampling, true_vocab_size
+from megatron_fec.rollout.engine_client import Deadlines
 from megatron_fec.rollout.engine_folder import EngineAddress, read_addresses, read_key, write_address
-from megatron_fec.rollout.wire import COUNT, MAC, SESSION, answer_mac
+from megatron_fec.rollout.fleet import Fleet
+from megatron_fec.rollout.server_engine import ServerEngine
+from megatron_fec.rollout.weight_transfer import GlooSender
+from megatron_fec.rollout.wire import COUNT, MAC, SESSION, answer_mac, samples_from_bytes, samples_to_bytes
+from megatron_fec.types import SampleGroup
 
 START_DEADLINE = 180.0  # seconds; 20 to 40 on busy cores
+SAMPLING = Sampling(group_size=3, max_response_tokens=40, temperature=0.8, seed=7)
+FAST = Deadlines(answer=20.0, poll=0.2, stall=20.0, transfer=20.0, restart=150.0)
 
 
 def free_port() -> int:
@@ -181,3 +195,120 @@ def address_of(folder: Path, port: int) -> EngineAddress:
     """The server at this port, as its file says."""
     (address,) = [one for one in read_addresses(folder, read_key(folder)) if one.port == port]
     return address
+
+
+def listening(pid: int) -> set[str]:
+    """IPv4 and IPv6 addresses on which a process listens."""
+    inodes = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        target = os.readlink(entry)
+        if target.startswith("socket:["):
+            inodes.add(target[8:-1])
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                raw = bytes.fromhex(fields[1].split(":")[0])
+                words = b"".join(raw[i : i + 4][::-1] for i in range(0, len(raw), 4))
+                found.add(socket.inet_ntop(socket.AF_INET if table == "tcp" else socket.AF_INET6, words))
+    return found
+
+
+def gloo(address: str, world_size: int, timeout: float) -> GlooSender:
+    return GlooSender(address=address, world_size=world_size, timeout=timeout)
+
+
+def weights(model_dir: Path, scale: float = 1.0) -> dict[str, Tensor]:
+    state = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).state_dict()
+    return {name: tensor.detach() * scale for name, tensor in state.items() if name != "lm_head.weight"}
+
+
+def fleet_of(folder: Path, said: list[str], deadlines: Deadlines = FAST, make_sender: Any = gloo) -> Fleet:
+    return Fleet(folder, make_sender=make_sender, say=said.append, deadlines=deadlines)
+
+
+def engine_of(folder: Path, model_dir: Path, said: list[str], **more: Any) -> ServerEngine:
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    more = {"deadlines": FAST, "make_sender": gloo} | more
+    return ServerEngine(folder, vocab_size=true_vocab_size(tokenizer), is_tied=True, say=said.append, **more)
+
+
+class FlippingSender(GlooSender):
+    """Changes one bit of the first messages on their way."""
+
+    flips = 0
+
+    def send(self, data: Tensor) -> None:
+        if FlippingSender.flips > 0:
+            FlippingSender.flips -= 1
+            data = data.clone()
+            data[data.numel() // 2] ^= 4
+        super().send(data)
+
+
+def flipping(address: str, world_size: int, timeout: float) -> FlippingSender:
+    return FlippingSender(address=address, world_size=world_size, timeout=timeout)
+
+
+def assert_same_samples(one: list[SampleGroup], other: list[SampleGroup]) -> None:
+    """Token for token; another batch rounds the log-probs otherwise."""
+    assert [g.prompt for g in one] == [g.prompt for g in other]
+    for a, b in zip(one, other, strict=True):
+        assert [s.token_ids for s in a.samples] == [s.token_ids for s in b.samples]
+        for x, y in zip(a.samples, b.samples, strict=True):
+            assert x.logprobs == pytest.approx(y.logprobs, abs=1e-4)
+
+
+@torch.no_grad()
+def largest_error(model_dir: Path, scale: float, groups: list[SampleGroup]) -> float:
+    """Of the engines' log-probs against transformers under the scaled weights."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    model.load_state_dict(weights(model_dir, scale), strict=False)
+    model.tie_weights()
+    worst = 0.0
+    for group in groups:
+        for sample in group.samples:
+            ids = torch.tensor([[*group.prompt.token_ids, *sample.token_ids]])
+            logits = model(ids).logits[0, len(group.prompt.token_ids) - 1 : -1] / SAMPLING.temperature
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0]
+            worst = max(worst, (expected - torch.tensor(sample.logprobs)).abs().max().item())
+    return worst
+
+
+def changed(change: Callable[[PackedGroups], PackedGroups]) -> Callable[[str, bytes], bytes]:
+    """Tampers with the first answer that holds samples, and with all that follow."""
+
+    def tamper(path: str, body: bytes) -> bytes:
+        if path != "/results":
+            return body
+        groups, more = samples_from_bytes(body)
+        return samples_to_bytes(change(groups) if groups.indices else groups, more)
+
+    return tamper
+
+
+def with_nan(groups: PackedGroups) -> PackedGroups:
+    return replace(groups, logprobs=np.full_like(groups.logprobs, np.nan))
+
+
+def one_sample_short(groups: PackedGroups) -> PackedGroups:
+    rows = [samples[:-1] for _, samples in groups.samples()]
+    return PackedGroups.of(rows, groups.indices)
+
+
+def empty(groups: PackedGroups) -> PackedGroups:
+    rows = [tuple(replace(s, token_ids=(), logprobs=()) for s in samples) for _, samples in groups.samples()]
+    return PackedGroups.of(rows, groups.indices)
+
+
+def unasked(groups: PackedGroups) -> PackedGroups:
+    return replace(groups, indices=[index + 100 for index in groups.indices])
+
+
+def stale(groups: PackedGroups) -> PackedGroups:
+    return replace(groups, versions=[0] * len(groups.versions))
+
+
+def lost(groups: PackedGroups) -> PackedGroups:
+    return PackedGroups.of([], [])

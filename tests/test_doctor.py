@@ -9,12 +9,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 from ports import free_port
-from run_fixtures import COMMAND, CONFIG, ROOT
+from run_fixtures import COMMAND, CONFIG, ROOT, in_own_session
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] - documented
 
 pytestmark = pytest.mark.slow  # each starts processes that import torch
@@ -44,21 +44,9 @@ def doctor(
         "MASTER_PORT": str(port),
         "CUDA_VISIBLE_DEVICES": "",
     }
-    child = subprocess.Popen(
-        [sys.executable, str(ROOT / "launch" / "doctor.py"), *arguments],
-        cwd=ROOT,
-        env=os.environ | slurm | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
+    command = [sys.executable, str(ROOT / "launch" / "doctor.py"), *arguments]
+    with in_own_session(command, slurm | environment) as child:
         yield child
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.communicate()
 
 
 def outcomes(children: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str]]:

@@ -35,8 +35,6 @@ rollout: {engine: native, prompts_per_step: 12, group_size: 3, max_prompt_tokens
 data: {train: embedded:countdown, prompt_style: plain}
 trainer: {max_steps: 5}
 """
-
-
 MEGATRON_FILES = ["common.pt", "metadata.json"]
 
 
@@ -297,9 +295,8 @@ def test_a_run_folder_that_cannot_be_written(tmp_path: Path):
 
 def test_too_little_disk(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     weights = (model / "model.safetensors").stat().st_size
-    needed = (
-        weights // 2 * 16 * 3 + 2 * weights
-    )  # the kept two and the one that is written, then hf/ and warm_start/
+    # The kept two and the one that is written, then hf/ and warm_start/.
+    needed = weights // 2 * 16 * 3 + 2 * weights
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, needed))
     prepared(tmp_path, f"model.path={model}")

@@ -66,34 +66,31 @@ def test_a_worker_that_writes_garbage_is_replaced(pool: Verifier, garbage: str) 
     assert_gone(before)
 
 
-def test_an_answer_without_an_end_is_a_timeout(pool: Verifier) -> None:
-    """Bytes that come in before the deadline do not move it."""
+def answered_by_another(pool: Verifier, answer: str) -> Verdict:
+    """What the pool makes of the answer of a process in a worker's place; {} is the number of the question."""
     ours, theirs = socket.socketpair()
     worker = pool._idle.get()
     stolen, worker._socket = worker._socket, ours
     pool._idle.put(worker)
     handle = pool.start_step([group("good", "")])
     number = json.loads(theirs.recv(4096))[0]
-    theirs.sendall(f'{{"number": {number}, "reward": '.encode())
-    assert handle[0][0].result() == HANG
+    theirs.sendall(answer.format(number).encode())
+    found = handle[0][0].result()
     stolen.close()
     theirs.close()
+    return found
+
+
+def test_an_answer_without_an_end_is_a_timeout(pool: Verifier) -> None:
+    """Bytes that come in before the deadline do not move it."""
+    assert answered_by_another(pool, '{{"number": {}, "reward": ') == HANG
     assert verdict(pool, "good") == Verdict(1.0)
 
 
 @pytest.mark.parametrize("reward", ["NaN", "7", "-1", '"1"', "null", "1" + "0" * 400, "[]"])
 def test_an_answer_with_no_reward_is_a_crash(pool: Verifier, reward: str) -> None:
     """A reward that is none comes from no worker of ours, so another process answers in its place."""
-    ours, theirs = socket.socketpair()
-    worker = pool._idle.get()
-    stolen, worker._socket = worker._socket, ours
-    pool._idle.put(worker)
-    handle = pool.start_step([group("good", "")])
-    number = json.loads(theirs.recv(4096))[0]
-    theirs.sendall(f'{{"number": {number}, "reward": {reward}}}\n'.encode())
-    assert handle[0][0].result() == CRASH
-    stolen.close()
-    theirs.close()
+    assert answered_by_another(pool, '{{"number": {}, "reward": ' + reward + "}}\n") == CRASH
     assert verdict(pool, "good") == Verdict(1.0)
 
 
