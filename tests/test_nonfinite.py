@@ -32,6 +32,7 @@ from megatron_fec import trainer as trainer_module
 from megatron_fec.config import ConfigError, load_config
 from megatron_fec.dump_reader import read_dump
 from megatron_fec.job import train
+from megatron_fec.policy.checkpoint_files import find_checkpoints
 from megatron_fec.policy.nonfinite import NonFiniteError
 from megatron_fec.policy.step import Policy, TokenLoss, compute_logprobs, train_update, unwrapped
 from megatron_fec.replay import run_replay
@@ -282,6 +283,12 @@ def test_a_run_stops_names_step_tensor_and_rank_and_dumps_the_update(tmp_path: P
     assert len(update.sequence_ids.unique()) == 8  # two prompts, four responses each
     assert run_replay(folder, ["clip@grpo"]).tokens == len(update.logprobs) > 0
     assert len(rows_of(tmp_path)) == 1
+
+
+def test_a_save_in_the_background_is_finished_before_the_run_ends(tmp_path: Path) -> None:
+    first, second = run(tmp_path, [(1, 0)], **{"trainer.async_save": True, "trainer.save_every": 1})
+    assert first == second and first.startswith("step 1, epoch 0, update 0: not finite: the loss")
+    assert find_checkpoints(tmp_path / "checkpoints") == [tmp_path / "checkpoints" / "step_000001"]
 
 
 def test_log_probs_before_training_are_named_and_the_reader_names_the_rows(tmp_path: Path) -> None:

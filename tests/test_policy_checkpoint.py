@@ -222,6 +222,28 @@ def test_old_checkpoints_and_half_written_ones_are_removed(model_dir: Path, tmp_
     assert {path.name for path in tmp_path.iterdir()} == {"step_000009", "step_000010", "step_notes"}
 
 
+def test_what_is_removed_is_no_checkpoint_by_its_name(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed while it removes one leaves nothing that a start would take for whole."""
+    removed: list[str] = []
+    rmtree = shutil.rmtree
+
+    def watched(path: Any, *more: Any, **also: Any) -> None:
+        if Path(path).parent == tmp_path:
+            removed.append(Path(path).name)
+        rmtree(path, *more, **also)
+
+    def job(policy: Policy) -> list[str]:
+        for step in (3, 3, 4):
+            save_checkpoint(policy, tmp_path, state(step), keep=1)
+        return removed
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    (names,) = on_layout(model_dir, job)
+    assert [name.rsplit("_", 1)[0] for name in names] == [".removing_step_000003"] * 2
+
+
 def test_the_order_is_of_numbers(tmp_path: Path) -> None:
     for name in ("step_1000000", "step_999999", "step_12", ".writing_step_000001"):
         (tmp_path / name).mkdir()

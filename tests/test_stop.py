@@ -138,6 +138,8 @@ def test_a_run_stopped_at_every_kind_of_point_is_the_undisturbed_one(
         assert len(rows_of(run_dir)) in (steps, steps - 1)
     run(run_dir)
     assert (run_dir / DONE).is_file()
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["timers/train"] > 0 for row in rows), "also of the rows that a stop put off"
     assert rows_of(run_dir) == rows_of(undisturbed)
     assert_same_weights(run_dir / "hf", undisturbed / "hf")
 

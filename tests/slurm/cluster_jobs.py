@@ -6,6 +6,7 @@ Needs Slurm: `make test-slurm`.
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 from cluster import ROOT, Cluster, Job
@@ -73,6 +74,9 @@ def test_one_failed_node_ends_all_and_the_job_fails(cluster: Cluster):
 
 def test_a_stop_during_the_preflight_requeues(cluster: Cluster):
     env = cluster.stand_in("doctor=wait,train=finish", "early")
+    run_dir = Path(env["RUN_DIR"])
+    run_dir.mkdir()
+    (run_dir / "DONE").touch()  # of an earlier, shorter run: whether this one is done only its trainer knows
     job = cluster.submit(SEVEN, env=env)
     _reach(job, cluster, "early", "doctor")
     job.signal_shell("USR1")
