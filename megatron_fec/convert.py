@@ -25,7 +25,14 @@ def convert(checkpoint: Path, output: Path) -> None:
     if output.exists() and any(output.iterdir()):
         raise ConfigError(f"{output} is not empty. Name a new folder for the Hugging Face checkpoint.")
     config = load_config(run_dir / "config.yaml")
-    one_rank = replace(config.policy, tensor_parallel=1, pipeline_parallel=1, sequence_parallel=False)
+    one_rank = replace(
+        config.policy,
+        tensor_parallel=1,
+        pipeline_parallel=1,
+        context_parallel=1,
+        sequence_parallel=False,
+        options={},  # which share experts among ranks, or are of training
+    )
     layout = initialize_parallel(one_rank, seed=config.trainer.seed)
     source = local_model(config.model, run_dir, seed=config.trainer.seed)
     hf_config = load_hf_config(str(source))

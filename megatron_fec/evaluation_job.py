@@ -235,6 +235,8 @@ def _policy_config(config: EvaluationConfig) -> PolicyConfig:
     return PolicyConfig(
         tensor_parallel=config.policy.tensor_parallel,
         pipeline_parallel=config.policy.pipeline_parallel,
+        # Switched off while sampling; a mixture of experts asks for it where it is built.
+        sequence_parallel=config.policy.tensor_parallel > 1,
         precision=config.policy.precision,
         distributed_optimizer=False,
     )

@@ -81,6 +81,9 @@ class MicroBatch:
     reference_logprobs: Tensor | None = None  # of the frozen reference policy
     entropy_coefs: Tensor | None = None  # of the entropy bonus, by sequence
     marks: Tensor | None = None  # what a loss chose over the whole update (algorithm.losses.MARKS)
+    # [layers, T of this tensor rank, experts of a token] of this rank's layers, from the log-prob pass on, where
+    # policy.options.router=replay; each pipeline and tensor rank has its own.
+    routing: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from ranks import run_on_ranks
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from megatron_fec.algorithm.losses import negative_log_likelihood
 from megatron_fec.config import AlgorithmConfig, OptimizerConfig, PolicyConfig, ScheduleConfig
@@ -60,6 +68,12 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+EXPERTS: dict[str, Any] = {  # of a qwen3_moe checkpoint
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "norm_topk_prob": True,
+}
 ROPES = {
     "llama": {"rope_type": "default", "rope_theta": 10000.0},
     "llama_tied": {"rope_type": "default", "rope_theta": 10000.0},
@@ -84,7 +98,8 @@ class Outcome:
 
 
 def save_model(folder: Path, kind: str) -> Path:
-    """Writes the checkpoint named `kind`: qwen2, tied, qwen3 (norms on queries and keys), qwen3_kv4, or a key of ROPES.
+    """Writes the checkpoint named `kind`: qwen2, tied, qwen3 (norms on queries and keys), qwen3_kv4, qwen3_moe (four
+    experts, two a token), or a key of ROPES.
 
     All but the first two have rows without a token, and all but these and qwen3_kv4 have grouped key-value heads.
     """
@@ -108,6 +123,8 @@ def save_model(folder: Path, kind: str) -> Path:
             model = AutoModelForCausalLM.from_pretrained(folder)
         elif kind in ("qwen3", "qwen3_kv4"):
             model = Qwen3ForCausalLM(Qwen3Config(**sizes))
+        elif kind == "qwen3_moe":
+            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **EXPERTS))
         else:
             model = LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=ROPES[kind]))
         # Its row for padding is 0, of which a norm has a huge gradient, and the tests feed every id.
@@ -232,7 +249,8 @@ def hf_tokens(
     model_dir: Path, groups: Sequence[SampleGroup], dtype: torch.dtype, *, temperature: float = 1.0
 ) -> dict[TokenKey, tuple[float, float]]:
     """(log-prob, entropy) of each response token by transformers, one sequence at a time, over the true vocabulary."""
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
+    # Not the grouped products of a mixture of experts, which have no float64.
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, experts_implementation="eager")
     tokens = {}
     samples = [(group.prompt.token_ids, sample.token_ids) for group in groups for sample in group.samples]
     for number, (prompt, response) in enumerate(samples):

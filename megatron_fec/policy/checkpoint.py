@@ -91,8 +91,9 @@ def load_checkpoint(policy: Policy, checkpoint: Path) -> None:
     loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(checkpoint))  # type: ignore[assignment]
     unwrapped(policy.model).load_state_dict(loaded["model"])
     saved = loaded["optimizer"]
-    for group in saved.get("optimizer", saved)["param_groups"]:
-        group["max_lr"] = settings[0]["max_lr"]  # by which megatron-core 0.19 finds the group
+    for part in saved.values() if 0 in saved else [saved]:  # a mixture of experts has two optimizers
+        for group in part.get("optimizer", part)["param_groups"]:
+            group["max_lr"] = settings[0]["max_lr"]  # by which megatron-core 0.19 finds the group
     with _torch_adam_step():
         policy.optimizer.load_state_dict(saved)
     _separate_torch_adam_steps(policy)

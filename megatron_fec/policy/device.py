@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
+from megatron_fec.policy.device_experts import redirect_experts
+
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange")
 _TYPE_NAMES = {
     torch.float32: "torch.cuda.FloatTensor",
@@ -60,6 +62,7 @@ def prepare_device() -> None:
         _redirect_tensors()
         _redirect_cuda_namespace()
         _redirect_megatron_rng()
+        redirect_experts()
 
 
 def _redirect_tensors() -> None:
@@ -107,7 +110,10 @@ class _InlineStream:
     def _do_nothing(self, *args: Any, **kwargs: Any) -> None:
         return None
 
-    wait_stream = wait_event = record_event = record = wait = synchronize = _do_nothing
+    def record_event(self, *args: Any, **kwargs: Any) -> _InlineStream:
+        return self
+
+    wait_stream = wait_event = record = wait = synchronize = _do_nothing
 
 
 def _redirect_cuda_namespace() -> None:

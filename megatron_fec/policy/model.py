@@ -11,6 +11,7 @@ from mbridge.core.llm_bridge import LLMBridge
 from mbridge.models.llama import LLaMABridge
 from mbridge.models.qwen2 import Qwen2Bridge
 from mbridge.models.qwen3 import Qwen3Bridge
+from mbridge.models.qwen3moe import Qwen3MoEBridge
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.parallel_state import is_pipeline_first_stage
@@ -25,6 +26,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from megatron_fec.config import ConfigError, PolicyConfig
 from megatron_fec.policy.device import device
+from megatron_fec.policy.experts import expert_settings, mark_expert_gradients
 from megatron_fec.policy.layer_spec import block_spec, uses_transformer_engine
 from megatron_fec.policy.megatron_settings import megatron_settings
 from megatron_fec.policy.parallel import ParallelLayout
@@ -33,7 +35,12 @@ from megatron_fec.types import MicroBatch, TokenStats
 from megatron_fec.vocab_parallel.chunked_head import chunked_head_token_stats
 from megatron_fec.vocab_parallel.token_stats import token_stats
 
-BRIDGES: dict[str, type[LLMBridge]] = {"qwen2": Qwen2Bridge, "qwen3": Qwen3Bridge, "llama": LLaMABridge}
+BRIDGES: dict[str, type[LLMBridge]] = {
+    "qwen2": Qwen2Bridge,
+    "qwen3": Qwen3Bridge,
+    "qwen3_moe": Qwen3MoEBridge,
+    "llama": LLaMABridge,
+}
 DTYPES = {p: torch.float32 if p == "fp32" else torch.bfloat16 for p in PRECISIONS}  # of the weights
 # What the model built here computes; a checkpoint that asks for something else would load and be another function.
 FIXED_SETTINGS = {
@@ -41,6 +48,10 @@ FIXED_SETTINGS = {
     "attention_bias": False,
     "mlp_bias": False,
     "use_sliding_window": False,
+    # Of a mixture of experts: all layers are sparse, and the gates of a token's experts add up to 1.
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
 }
 VOCAB_MULTIPLE = (
     64  # columns of a vocabulary shard are a multiple of this; the rest is padding, masked everywhere
@@ -145,7 +156,8 @@ def build_bridge(hf_config: PretrainedConfig, policy: PolicyConfig) -> LLMBridge
     bridge.vocab_size = hf_config.vocab_size
     multiple = bridge.make_vocab_size_divisible_by
     bridge.padded_vocab_size = math.ceil(hf_config.vocab_size / multiple) * multiple
-    bridge.set_extra_args(**megatron_settings(policy))
+    experts = expert_settings(hf_config, policy, has_te=uses_transformer_engine())
+    bridge.set_extra_args(**megatron_settings(policy), **experts)
     return bridge
 
 
@@ -180,6 +192,7 @@ def build_model(
     model.tensor_group = layout.tensor_group
     model.logits_chunk_tokens = logits_chunk_tokens
     model.to(device())
+    mark_expert_gradients(model)
     return (Float16Module(config, model) if config.bf16 else model), config
 
 

@@ -6,6 +6,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 
@@ -31,6 +32,24 @@ def wrap_ddp(
     config.finalize_model_grads_func = gradients.finalize
     config.no_sync_func = wrapped.no_sync
     return wrapped
+
+
+def clip_gradients(optimizer: MegatronOptimizer, clip_grad: float) -> float:
+    """The norm of all gradients of all ranks, after they are scaled down to clip_grad if it is more; 0 scales nothing.
+
+    A mixture of experts has one optimizer for the experts and one for the rest, which megatron-core clips by their
+    common norm inside its step() only.
+    """
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    if len(chained) == 1:
+        return float(optimizer.clip_grad_norm(clip_grad))
+    norm = float(optimizer.get_grad_norm())
+    for each in chained:
+        parameters = each.get_parameters()
+        if parameters and clip_grad > 0:
+            decoupled = each.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+            clip_grad_by_total_norm_fp32(parameters, clip_grad, norm, decoupled)
+    return norm
 
 
 def build_optimizer(

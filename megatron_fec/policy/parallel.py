@@ -11,6 +11,8 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_fec.config import ConfigError, PolicyConfig
 from megatron_fec.policy.device import backend, prepare_device
+from megatron_fec.policy.experts import check_expert_sizes, check_expert_world, num_experts
+from megatron_fec.policy_options import options_of_policy
 
 COLLECTIVE_DEADLINE = timedelta(minutes=30)  # a rank that waits longer names the collective and stops
 
@@ -29,6 +31,8 @@ class ParallelLayout:
     pipeline_group: dist.ProcessGroup
     data_group: dist.ProcessGroup  # DP x CP: its ranks hold different tokens under the same weights
     context_group: dist.ProcessGroup  # its ranks hold parts of the same sequences
+    expert_group: dist.ProcessGroup  # its ranks hold other experts of the same layers
+    expert_tensor_group: dist.ProcessGroup  # its ranks hold parts of the same experts
     is_last_stage: bool
 
     @property
@@ -43,10 +47,13 @@ def initialize_parallel(policy: PolicyConfig, *, seed: int) -> ParallelLayout:
     if not dist.is_initialized():
         dist.init_process_group(backend(), timeout=COLLECTIVE_DEADLINE)
     check_world(policy, world_size=dist.get_world_size())
+    options = options_of_policy(policy)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=policy.tensor_parallel,
         pipeline_model_parallel_size=policy.pipeline_parallel,
         context_parallel_size=policy.context_parallel,
+        expert_model_parallel_size=options.expert_parallel,
+        expert_tensor_parallel_size=options.expert_tensor_parallel,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     tensor_group = parallel_state.get_tensor_model_parallel_group()
@@ -55,6 +62,9 @@ def initialize_parallel(policy: PolicyConfig, *, seed: int) -> ParallelLayout:
     assert isinstance(tensor_group, dist.ProcessGroup) and isinstance(pipeline_group, dist.ProcessGroup)
     context_group = parallel_state.get_context_parallel_group()
     assert isinstance(data_group, dist.ProcessGroup) and isinstance(context_group, dist.ProcessGroup)
+    expert_group = parallel_state.get_expert_model_parallel_group()
+    expert_tensor_group = parallel_state.get_expert_tensor_parallel_group()
+    assert isinstance(expert_group, dist.ProcessGroup) and isinstance(expert_tensor_group, dist.ProcessGroup)
     return ParallelLayout(
         tensor_parallel=policy.tensor_parallel,
         pipeline_parallel=policy.pipeline_parallel,
@@ -66,6 +76,8 @@ def initialize_parallel(policy: PolicyConfig, *, seed: int) -> ParallelLayout:
         pipeline_group=pipeline_group,
         data_group=data_group,
         context_group=context_group,
+        expert_group=expert_group,
+        expert_tensor_group=expert_tensor_group,
         is_last_stage=parallel_state.is_pipeline_last_stage(),
     )
 
@@ -79,12 +91,15 @@ def check_world(policy: PolicyConfig, *, world_size: int) -> None:
             f"x policy.context_parallel={policy.context_parallel} = {model_size} must divide the {world_size} "
             f"processes of this run. Start a multiple of {model_size} or shrink the layout."
         )
+    check_expert_world(policy, world_size=world_size)
 
 
 def check_model_sizes(hf_config: Any, policy: PolicyConfig) -> None:
     """Heads, key-value heads, feed-forward width and layers must divide; needs only the checkpoint's config.json."""
     tp, pp = policy.tensor_parallel, policy.pipeline_parallel
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_size"):
+    check_expert_sizes(hf_config, policy)
+    sizes = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_size")
+    for name in (n for n in sizes if not (num_experts(hf_config) and n == "intermediate_size")):
         size = getattr(hf_config, name)
         if size % tp:
             raise ConfigError(

@@ -24,12 +24,19 @@ class ReferencePolicy:
         self._weights = _on_host(policy)
 
     def fill(self, policy: Policy, updates: Sequence[Sequence[MicroBatch]]) -> list[list[MicroBatch]]:
-        """The micro-batches with reference_logprobs; off the last stage they come back unchanged."""
+        """The micro-batches with reference_logprobs; off the last stage they come back unchanged.
+
+        The reference routes tokens to experts of its own choice, whatever the policy's routing is.
+        """
+        unrouted = [[replace(mb, routing=None) for mb in update] for update in updates]
         with self._in_place_of(policy):
-            passes = [token_statistics(policy, update, second_moments=False) for update in updates]
+            passes = [token_statistics(policy, update, second_moments=False) for update in unrouted]
         return [
-            [mb if stats is None else replace(mb, reference_logprobs=stats.logprobs) for mb, stats in pairs]
-            for pairs in passes
+            [
+                mb if stats is None else replace(mb, reference_logprobs=stats.logprobs)
+                for mb, (_, stats) in zip(update, pairs, strict=True)
+            ]
+            for update, pairs in zip(updates, passes, strict=True)
         ]
 
     @contextmanager

@@ -53,7 +53,7 @@ def sample_responses(
     """One response for each prompt: its ids, the stop token included, and their log-probs.
 
     prompts: the same on all TP and PP ranks of a data-parallel rank, which all call this and get the same result;
-    nothing is communicated between data-parallel or context ranks.
+    nothing is communicated between data-parallel or context ranks, unless they share experts: then all ranks call it.
     uniforms: [N, max_response_tokens] in [0, 1), one for each row and response position.
     Log-probs are at the temperature, over what top_k and top_p (see `truncated`) leave of the true vocabulary.
     Parameters, gradients, the train or eval mode and the global random states are left as they are.
@@ -76,6 +76,9 @@ def sample_responses(
             )
             for i, response in zip(rows, chunk, strict=True):
                 responses[i] = response
+        while _some_rank_goes_on(policy.layout, is_working=False):
+            nothing = torch.zeros(1, 1, dtype=torch.int64, device=device())
+            _next_logits(unwrapped(policy.model), policy.layout, StaticInferenceContext(1, 1), nothing)
     return [ids for ids, _ in responses], [logprobs for _, logprobs in responses]
 
 
@@ -114,6 +117,7 @@ def _decode_chunk(
     ends = lengths + max_response_tokens
     context = StaticInferenceContext(num_rows, total)
     for t in range(first, total):
+        _some_rank_goes_on(layout, is_working=True)
         logits = _next_logits(model, layout, context, tokens[:, context.sequence_len_offset : t])
         column = (t - lengths).clamp(0, max_response_tokens - 1)[:, None]
         drawn = None if logits is None else draw(logits, uniforms.gather(1, column))
@@ -126,6 +130,18 @@ def _decode_chunk(
             break
     spans = zip(lengths.tolist(), ends.tolist(), tokens.tolist(), logprobs.tolist(), strict=True)
     return [(ids[start:end], values[start:end]) for start, end, ids, values in spans]
+
+
+def _some_rank_goes_on(layout: ParallelLayout, *, is_working: bool) -> bool:
+    """Whether any rank has a token left to decode, where experts are shared; asked before each forward of each rank.
+
+    An expert works for tokens of other ranks too, so a rank that is done goes on with them, on a token of no meaning.
+    """
+    if layout.expert_group.size() * layout.expert_tensor_group.size() == 1:
+        return False
+    some = torch.tensor(is_working, dtype=torch.int32, device=device())
+    dist.all_reduce(some, op=dist.ReduceOp.MAX)
+    return bool(some)
 
 
 def _next_logits(

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_fec.config import PolicyConfig
+from megatron_fec.policy.experts import num_experts
 from megatron_fec.policy.model import DTYPES, VOCAB_MULTIPLE
+from megatron_fec.policy_options import options_of_policy
 
 GRADIENT_BYTES = 4  # summed in fp32
 MASTER_BYTES = 4  # of bf16 weights; fp32 weights are their own
@@ -33,6 +35,7 @@ class StageMemory:
     """Bytes on each GPU of one pipeline stage; activations are not among them."""
 
     parameters: int
+    expert_parameters: int  # of them, the experts', whose data-parallel ranks are others
     weights: int
     gradients: int
     optimizer: int  # as configured
@@ -65,12 +68,30 @@ def data_parallel_size(policy: PolicyConfig, world_size: int) -> int:
     return world_size // (policy.tensor_parallel * policy.pipeline_parallel * policy.context_parallel)
 
 
+def expert_data_parallel_size(policy: PolicyConfig, world_size: int) -> int:
+    """Ranks that hold the same part of the same experts; the ranks of TP and CP are among those that divide them."""
+    options = options_of_policy(policy)
+    return world_size // (options.expert_tensor_parallel * options.expert_parallel * policy.pipeline_parallel)
+
+
 def parameter_count(hf_config: Any) -> int:
     """Of the checkpoint as Hugging Face counts them: rows of padding left out, a tied output counted once."""
+    return _checkpoint_parameters(hf_config, experts_of_a_layer=num_experts(hf_config))
+
+
+def active_parameter_count(hf_config: Any) -> int:
+    """Those of parameter_count that one token meets: of the experts, num_experts_per_tok a layer; the embedding whole."""
+    experts = hf_config.num_experts_per_tok if num_experts(hf_config) else 0
+    return _checkpoint_parameters(hf_config, experts_of_a_layer=experts)
+
+
+def _checkpoint_parameters(hf_config: Any, *, experts_of_a_layer: int) -> int:
     embedding = hf_config.vocab_size * hf_config.hidden_size
     copies = 1 if hf_config.tie_word_embeddings else 2
-    layers = hf_config.num_hidden_layers * _layer_parameters(hf_config, tensor_parallel=1)
-    return copies * embedding + layers + hf_config.hidden_size
+    layer = _layer_parameters(hf_config, tensor_parallel=1)
+    if experts_of_a_layer:
+        layer += experts_of_a_layer * _expert_parameters(hf_config)
+    return copies * embedding + hf_config.num_hidden_layers * layer + hf_config.hidden_size
 
 
 def stage_parameters(hf_config: Any, policy: PolicyConfig, stage: int) -> int:
@@ -79,6 +100,7 @@ def stage_parameters(hf_config: Any, policy: PolicyConfig, stage: int) -> int:
     embedding = _shard_width(hf_config, policy) * hf_config.hidden_size
     layers = hf_config.num_hidden_layers // policy.pipeline_parallel
     count = layers * _layer_parameters(hf_config, policy.tensor_parallel)
+    count += stage_expert_parameters(hf_config, policy)
     if is_first:
         count += embedding
     if is_last:
@@ -88,15 +110,28 @@ def stage_parameters(hf_config: Any, policy: PolicyConfig, stage: int) -> int:
     return count
 
 
+def stage_expert_parameters(hf_config: Any, policy: PolicyConfig) -> int:
+    """Those of stage_parameters that are the experts', without their router; the same on each stage."""
+    if not num_experts(hf_config):
+        return 0
+    options = options_of_policy(policy)
+    layers = hf_config.num_hidden_layers // policy.pipeline_parallel
+    experts = layers * (num_experts(hf_config) // options.expert_parallel)
+    return experts * (_expert_parameters(hf_config) // options.expert_tensor_parallel)
+
+
 def stage_memory(hf_config: Any, policy: PolicyConfig, stage: int, *, world_size: int) -> StageMemory:
     """What Megatron's model, DDP and AdamW hold on each rank of a stage, and the logits of a micro-batch."""
-    count = stage_parameters(hf_config, policy, stage)
+    count, experts = stage_parameters(hf_config, policy, stage), stage_expert_parameters(hf_config, policy)
     element = DTYPES[policy.precision].itemsize
-    state = count * (MOMENT_BYTES + (MASTER_BYTES if policy.precision != "fp32" else 0))
+    state = MOMENT_BYTES + (MASTER_BYTES if policy.precision != "fp32" else 0)  # of a parameter
     shards = data_parallel_size(policy, world_size) * policy.context_parallel
-    distributed = -(-state // shards)
+    distributed = -(-(count - experts) * state // shards)
+    distributed += -(-experts * state // expert_data_parallel_size(policy, world_size))
+    state *= count
     return StageMemory(
         parameters=count,
+        expert_parameters=experts,
         weights=count * element,
         gradients=count * GRADIENT_BYTES,
         optimizer=distributed if policy.distributed_optimizer else state,
@@ -106,17 +141,25 @@ def stage_memory(hf_config: Any, policy: PolicyConfig, stage: int, *, world_size
     )
 
 
+def _expert_parameters(hf_config: Any) -> int:
+    return 3 * hf_config.moe_intermediate_size * hf_config.hidden_size
+
+
 def _layer_parameters(hf_config: Any, tensor_parallel: int) -> int:
+    """Of one layer on a tensor rank, without its experts."""
     hidden, tp = hf_config.hidden_size, tensor_parallel
     heads, key_values = hf_config.num_attention_heads, hf_config.num_key_value_heads
     head = getattr(hf_config, "head_dim", None) or hidden // heads
     projections = (heads + 2 * key_values) * head // tp
     count = projections * hidden + heads * head // tp * hidden  # queries, keys and values; and the way back
-    count += 3 * (hf_config.intermediate_size // tp) * hidden
+    if num_experts(hf_config):
+        count += num_experts(hf_config) * hidden  # the router, whole on each rank
+    else:
+        count += 3 * (hf_config.intermediate_size // tp) * hidden
     count += 2 * hidden  # the norms
     if hf_config.model_type == "qwen2":
         count += projections  # their biases
-    if hf_config.model_type == "qwen3":
+    if hf_config.model_type in ("qwen3", "qwen3_moe"):
         count += 2 * head  # norms of queries and keys
     return count
 

@@ -19,10 +19,13 @@ from torch import Tensor
 from megatron_fec.config import OptimizerConfig, PolicyConfig
 from megatron_fec.metrics import MetricSums
 from megatron_fec.policy.device import device
+from megatron_fec.policy.expert_weights import GroupedNames
 from megatron_fec.policy.model import PolicyModel, build_bridge, build_model, forward, load_hf_config
 from megatron_fec.policy.nonfinite import GRADIENTS, LOGPROBS, LOSS, NORM, GradientWatch, check_finite
-from megatron_fec.policy.optimizer import build_optimizer, wrap_ddp
+from megatron_fec.policy.optimizer import build_optimizer, clip_gradients, wrap_ddp
 from megatron_fec.policy.parallel import ParallelLayout, check_model_sizes
+from megatron_fec.policy.routing import RoutingTape, attach_tapes, routing
+from megatron_fec.policy_options import options_of_policy
 from megatron_fec.types import LossOutput, MicroBatch, TokenStats
 
 TokenLoss = Callable[[TokenStats, MicroBatch], LossOutput]
@@ -39,6 +42,7 @@ class Policy:
     scheduler: OptimizerParamScheduler
     clip_grad: float
     gradients: GradientWatch
+    tapes: list[RoutingTape]  # of the routers, where policy.options.router=replay
 
 
 def build_policy(
@@ -62,7 +66,7 @@ def build_policy(
         vocab_size=vocab_size,
         logits_chunk_tokens=policy.logits_chunk_tokens,
     )
-    bridge.load_weights([unwrapped(model)], model_path)
+    bridge.load_weights([GroupedNames(unwrapped(model))], model_path)  # type: ignore[list-item]
     gradients = GradientWatch()
     wrapped = wrap_ddp(model, megatron_config, policy, gradients)
     built, scheduler = build_optimizer(wrapped, policy, optimizer, total_steps=total_steps)
@@ -74,6 +78,7 @@ def build_policy(
         scheduler=scheduler,
         clip_grad=optimizer.clip_grad,
         gradients=gradients,
+        tapes=attach_tapes(model) if options_of_policy(policy).router == "replay" else [],
     )
 
 
@@ -83,14 +88,15 @@ def compute_logprobs(
     """The micro-batches with old_logprobs and old_entropy, and the sums of entropy and of |trainer - engine| log-prob.
 
     Forward only, through the kernel of training, so that the first update's ratio is exactly 1. The sums are those of
-    the whole batch, equal on every rank. Off the last pipeline stage the micro-batches come back unchanged.
+    the whole batch, equal on every rank. Off the last pipeline stage the micro-batches come back without log-probs.
+    With router=replay they all come back with their routing.
     A log-prob that is not finite raises NonFiniteError on every rank.
     """
     filled: list[list[MicroBatch]] = []
     is_finite = torch.tensor(True, device=device())
     sums: list[MetricSums] = []
     for update in updates:
-        pairs = token_statistics(policy, update, second_moments=False)
+        pairs = token_statistics(policy, update, second_moments=False, record_routing=True)
         filled.append(
             [
                 mb if s is None else replace(mb, old_logprobs=s.logprobs, old_entropy=s.entropy)
@@ -105,13 +111,20 @@ def compute_logprobs(
 
 
 def token_statistics(
-    policy: Policy, update: Sequence[MicroBatch], *, second_moments: bool
+    policy: Policy, update: Sequence[MicroBatch], *, second_moments: bool, record_routing: bool = False
 ) -> list[tuple[MicroBatch, TokenStats | None]]:
-    """Each micro-batch, on its device, with its statistics under the current weights; None off the last stage."""
+    """Each micro-batch, on its device, with its statistics under the current weights; None off the last stage.
+
+    Tokens are routed as MicroBatch.routing says, if it is filled. With record_routing they are routed by the current
+    weights, and the micro-batches come back with it where router=replay.
+    """
     policy.model.eval()
     _core(policy).second_moments = second_moments
     micro_batches = [_on_device(micro_batch) for micro_batch in update]
-    stats = _run(policy, micro_batches, _keep_stats, forward_only=True)
+    with routing(policy.tapes, micro_batches, record=record_routing) as kept:
+        stats = _run(policy, micro_batches, _keep_stats, forward_only=True)
+    if kept:
+        micro_batches = [replace(mb, routing=own) for mb, own in zip(micro_batches, kept, strict=True)]
     policy.model.train()
     return list(zip(micro_batches, stats or [None] * len(micro_batches), strict=True))
 
@@ -129,9 +142,10 @@ def train_update(
     _core(policy).second_moments = True  # of the metrics; the same collective carries them
     policy.model.zero_grad_buffer()
     policy.optimizer.zero_grad()
-    results = _run(policy, micro_batches, partial(_loss, token_loss), forward_only=False)
+    with routing(policy.tapes, micro_batches):
+        results = _run(policy, micro_batches, partial(_loss, token_loss), forward_only=False)
     policy.optimizer.prepare_grads()
-    grad_norm = float(policy.optimizer.clip_grad_norm(policy.clip_grad))
+    grad_norm = clip_gradients(policy.optimizer, policy.clip_grad)
     flags = torch.stack([flags for _, flags in results] or [torch.ones(2, dtype=torch.bool)]).all(0)
     is_finite = {
         LOGPROBS: flags[0],

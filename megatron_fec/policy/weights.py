@@ -11,6 +11,7 @@ import torch.distributed as dist
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
+from megatron_fec.policy.expert_weights import GroupedNames, expert_weights
 from megatron_fec.policy.step import Policy, unwrapped
 
 # Of the checkpoint that training started from; config.json and the weights are written anew.
@@ -27,8 +28,13 @@ COPIED_FILES = (
 
 @torch.no_grad()  # the gather works on the parameters themselves, and autograd must not see it
 def hf_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """(name, full tensor) of the Hugging Face checkpoint, gathered over TP and PP; every rank must iterate it all."""
-    yield from policy.bridge.export_weights([unwrapped(policy.model)])
+    """(name, full tensor) of the Hugging Face checkpoint, gathered over all ranks; each must iterate it all."""
+    model = unwrapped(policy.model)
+    if policy.bridge.config.num_moe_experts is None:
+        yield from policy.bridge.export_weights([model])
+    else:
+        yield from policy.bridge.export_weights([GroupedNames(model, has_experts=False)])  # type: ignore[list-item]
+        yield from expert_weights(model, policy.layout)
 
 
 def export_hf(policy: Policy, source: Path, target: Path) -> None:
