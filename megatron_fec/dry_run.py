@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_fec.algorithm.strategies import needs_reference
-from megatron_fec.config import Config
+from megatron_fec.config import Config, PolicyConfig
 from megatron_fec.context_split import sequence_multiple
 from megatron_fec.policy.model import DTYPES, load_hf_config
 from megatron_fec.policy.parallel import check_world
@@ -114,7 +114,8 @@ def _layout_lines(config: Config, nodes: int, gpus_per_node: int) -> list[str]:
     data_parallel = data_parallel_size(policy, world_size)
     lines = [
         f"# rank layout: {nodes} node{'s'[: nodes - 1]} x {gpus_per_node} GPUs = {world_size} ranks = "
-        f"TP {policy.tensor_parallel} x CP {policy.context_parallel} x DP {data_parallel} x PP {policy.pipeline_parallel}",
+        f"TP {policy.tensor_parallel} x CP {policy.context_parallel} x DP {data_parallel} x PP "
+        f"{policy.pipeline_parallel}{_chunks(policy)}",
         "rank  node  gpu   TP   CP   DP   PP",
     ]
     lines += [
@@ -132,6 +133,11 @@ def _layout_lines(config: Config, nodes: int, gpus_per_node: int) -> list[str]:
         if gpus_per_node % size
     ]
     return lines
+
+
+def _chunks(policy: PolicyConfig) -> str:
+    virtual = options_of_policy(policy).virtual_stages
+    return f", {virtual} virtual stages on each" if virtual > 1 else ""
 
 
 def _memory_lines(config: Config, hf_config: Any, world_size: int) -> list[str]:
@@ -200,6 +206,10 @@ def _batch_lines(config: Config, world_size: int) -> list[str]:
     positions = rollout.max_prompt_tokens + rollout.max_response_tokens - 1
     longest = -(-positions // multiple) * multiple
     fitting = policy.micro_batch_tokens // longest
+    micro_batches = -(-per_rank // fitting)
+    virtual = options_of_policy(policy).virtual_stages > 1
+    group = policy.pipeline_parallel if virtual else 1
+    groups = f", in groups of {group}" if virtual else ""
     refills = f", at most {1 + rollout.max_refills} times with refills" if rollout.max_refills else ""
     context = policy.context_parallel
     part = (
@@ -214,7 +224,7 @@ def _batch_lines(config: Config, world_size: int) -> list[str]:
         f"{_share(per_update, data_parallel)} responses an update, balanced by tokens",
         f"sampling     {_sampling(config, world_size)}",
         f"micro-batch  at most {policy.micro_batch_tokens} tokens{part}; the longest sequence has {longest} positions, so "
-        f"an update takes at most about {-(-per_rank // fitting)}",
+        f"an update takes at most about {-(-micro_batches // group) * group}{groups}",
         f"the run      {config.trainer.max_steps} steps: {config.trainer.max_steps * responses:,} responses, "
         f"{config.trainer.max_steps * config.updates_per_rollout:,} updates",
     ]

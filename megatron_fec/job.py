@@ -23,6 +23,7 @@ from megatron_fec.policy.parallel import ParallelLayout, initialize_parallel
 from megatron_fec.policy.reference import ReferencePolicy
 from megatron_fec.policy.step import Policy, build_policy
 from megatron_fec.policy.weights import export_hf
+from megatron_fec.policy_options import options_of_policy
 from megatron_fec.preflight import ENGINES_DIR, Inputs, prepare_inputs
 from megatron_fec.report import write_report
 from megatron_fec.rollout.engine import Engine, true_vocab_size
@@ -179,6 +180,8 @@ def _pack_layout(config: Config, layout: ParallelLayout) -> PackLayout:
         multiple=config.policy.tensor_parallel if config.policy.sequence_parallel else 1,
         context_parallel_rank=layout.context_parallel_rank,
         context_parallel_size=layout.context_parallel,
+        micro_batch_multiple=layout.micro_batch_multiple,
+        is_full_length=options_of_policy(config.policy).tp_overlap,  # its buffers have one size
     )
 
 

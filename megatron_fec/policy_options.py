@@ -5,10 +5,12 @@ docs/parallelism.md and docs/fp8.md say what each does and what it costs.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from megatron_fec.algorithm.options import AtLeastOne, NotNegative, Range, Share, check_options
+from megatron_fec.context_split import sequence_multiple
 from megatron_fec.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -59,3 +61,47 @@ def check_policy(policy: PolicyConfig) -> None:
     check_options({"the policy": PolicyOptions}, policy.options, key="policy.options")
     if policy.sequence_parallel and policy.tensor_parallel == 1:
         raise ConfigError("policy.sequence_parallel=true needs policy.tensor_parallel > 1. Set it to false.")
+    _check_layout(policy, options_of_policy(policy))
+
+
+def _check_layout(policy: PolicyConfig, options: PolicyOptions) -> None:
+    """Layout and optimizer options that need others; what the machine or the checkpoint decides is checked later."""
+    if options.virtual_stages > 1 and policy.pipeline_parallel == 1:
+        raise ConfigError(
+            f"policy.options.virtual_stages={options.virtual_stages} needs policy.pipeline_parallel > 1: one stage has no "
+            "bubble. Set it to 1."
+        )
+    if options.tp_overlap and not policy.sequence_parallel:
+        raise ConfigError(
+            "policy.options.tp_overlap=true needs policy.sequence_parallel=true (and policy.tensor_parallel > 1): it "
+            "overlaps the gathers and scatters of sequence parallelism. Set that, or tp_overlap=false."
+        )
+    context, tokens = policy.context_parallel, policy.micro_batch_tokens
+    multiple = math.lcm(context * policy.tensor_parallel, sequence_multiple(context))
+    if options.tp_overlap and tokens % multiple:
+        raise ConfigError(
+            f"policy.micro_batch_tokens={tokens} must be a multiple of {multiple} with policy.options.tp_overlap=true, "
+            f"whose buffers hold a whole micro-batch, split over tensor and context ranks. "
+            f"Use {-(-tokens // multiple) * multiple}."
+        )
+    for name, value in (
+        ("optimizer_precision", options.optimizer_precision),
+        ("optimizer_on_host", options.optimizer_on_host),
+    ):
+        if value in ("fp32", 0.0):
+            continue
+        if not policy.distributed_optimizer:
+            raise ConfigError(
+                f"policy.options.{name}={value} needs policy.distributed_optimizer=true: megatron-core has it nowhere "
+                f"else. Set that, or {name}={'fp32' if isinstance(value, str) else 0}."
+            )
+        if policy.precision == "fp32":
+            raise ConfigError(
+                f"policy.options.{name}={value} needs bf16 weights beside fp32 master weights, and policy.precision=fp32 "
+                f"has one copy. Use policy.precision=bf16, or {name}={'fp32' if isinstance(value, str) else 0}."
+            )
+    if options.optimizer_precision != "fp32" and options.optimizer_on_host > 0:
+        raise ConfigError(
+            f"policy.options.optimizer_precision={options.optimizer_precision} and optimizer_on_host="
+            f"{options.optimizer_on_host} exclude each other: the host's Adam keeps fp32 moments. Choose one."
+        )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
@@ -16,9 +17,12 @@ from megatron_fec.config import Config, ConfigError, ModelConfig
 from megatron_fec.hub import hub_model
 from megatron_fec.policy.checkpoint import TrainerState, read_trainer_state
 from megatron_fec.policy.checkpoint_files import find_checkpoints, newest_whole
+from megatron_fec.policy.layer_spec import HAS_TRANSFORMER_ENGINE
+from megatron_fec.policy.layout_settings import check_devices
 from megatron_fec.policy.model import load_hf_config
 from megatron_fec.policy.parallel import check_model_sizes
 from megatron_fec.policy.tiny_model import save_tiny_model
+from megatron_fec.policy_options import options_of_policy
 from megatron_fec.rollout.engine import true_vocab_size, vllm_is_available
 from megatron_fec.rollout.engine_folder import FolderError, read_addresses, read_key
 from megatron_fec.tasks.arithmetic import VOCABULARY
@@ -75,6 +79,9 @@ def on_all_ranks(work: Callable[[], Result]) -> Result:
 
 
 def _check_start(config: Config, run_dir: Path, data_parallel: int) -> None:
+    check_devices(
+        config.policy, has_gpu=torch.cuda.is_available(), has_transformer_engine=HAS_TRANSFORMER_ENGINE
+    )
     _check_engine(config)
     check_batch(config, data_parallel)
     check_writable(run_dir, setting="trainer.run_dir")
@@ -217,6 +224,11 @@ def load_tokenizer(model: ModelConfig, model_dir: Path, hf_config: Any) -> Any:
 def check_model(config: Config, hf_config: Any) -> None:
     """The checkpoint's sizes go into the layout of policy and engine, and the longest sequence into its positions."""
     check_model_sizes(hf_config, config.policy)
+    if config.rollout.engine == "native" and options_of_policy(config.policy).tp_overlap:
+        raise ConfigError(
+            "policy.options.tp_overlap=true does not go with rollout.engine=native: its buffers hold a whole micro-batch, "
+            "and a decoded position is one token. Set it to false, or use rollout.engine=vllm."
+        )
     if config.rollout.engine in ("vllm", "servers"):
         check_heads(config.rollout.tensor_parallel, hf_config)
     check_length(config.rollout.max_prompt_tokens, config.rollout.max_response_tokens, hf_config)

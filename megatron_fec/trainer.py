@@ -238,7 +238,7 @@ class Trainer:
         self.collector.engine.free()
 
     def prepare_for_training(self) -> None:
-        self.policy.model.train()
+        self.policy.train()
 
     def finish_training(self) -> None:
         self.policy.optimizer.zero_grad()

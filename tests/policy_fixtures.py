@@ -34,9 +34,9 @@ from megatron_fec.policy.step import (
     TokenLoss,
     build_policy,
     compute_logprobs,
+    cores,
     reduce_metrics,
     train_update,
-    unwrapped,
 )
 from megatron_fec.policy.tiny_model import save_tiny_model
 from megatron_fec.policy.weights import hf_weights
@@ -101,14 +101,16 @@ def save_model(folder: Path, kind: str) -> Path:
     """Writes the checkpoint named `kind`: qwen2, tied, qwen3 (norms on queries and keys), qwen3_kv4, qwen3_moe (four
     experts, two a token), or a key of ROPES.
 
-    All but the first two have rows without a token, and all but these and qwen3_kv4 have grouped key-value heads.
+    All but the first two have rows without a token, and all but these and qwen3_kv4 have grouped key-value heads. With
+    "_deep" behind the last two kinds of name it has four layers instead of two.
     """
+    is_deep, kind = kind.endswith("_deep"), kind.removesuffix("_deep")
     save_tiny_model(folder, WORDS, seed=5, is_tied=kind == "tied")
     sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY + ROWS_WITHOUT_TOKEN,
         "hidden_size": 48,
         "intermediate_size": 80,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 4 if is_deep else 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 4 if kind == "qwen3_kv4" else 2,
         "head_dim": 24,
@@ -231,6 +233,7 @@ def pack_for(
         multiple=multiple,
         context_parallel_rank=policy.layout.context_parallel_rank,
         context_parallel_size=policy.layout.context_parallel,
+        micro_batch_multiple=policy.layout.micro_batch_multiple,
     )
     updates = pack(groups, layout=layout, prompts_per_update=prompts_per_update or len(groups), seed=seed)
     return with_sample_values(updates, advantages=advantages(len(groups), len(groups[0].samples)))
@@ -344,7 +347,7 @@ def copied_weights(policy: Policy) -> dict[str, Tensor]:
 
 def hf_gradients(policy: Policy) -> dict[str, Tensor]:
     """The gradients that the last update left, by Hugging Face name; overwrites the weights. Plain optimizer only."""
-    for parameter in unwrapped(policy.model).parameters():
+    for parameter in (p for core in cores(policy) for p in core.parameters()):
         parameter.data.copy_(parameter.main_grad)  # type: ignore[attr-defined]
     return copied_weights(policy)
 

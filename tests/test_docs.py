@@ -20,6 +20,7 @@ from megatron_fec.algorithm.schedules import SCHEDULES
 from megatron_fec.algorithm.strategies import ADAPTIVE
 from megatron_fec.cli import app
 from megatron_fec.config import known_keys
+from megatron_fec.policy_options import PolicyOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
@@ -33,6 +34,7 @@ DOCUMENTS = [
     "docs/security.md",
     "docs/slurm.md",
     "docs/doctor.md",
+    "docs/parallelism.md",
 ]
 TOP_LEVEL = (
     "configs|docs|launch|megatron_fec|requirements|slurm|tests"  # tracked folders; runs/ is made by running
@@ -91,12 +93,14 @@ def snippet(name: str) -> str:
 
 
 def option_keys() -> set[str]:
-    """The dotted settings of all strategies."""
+    """The dotted settings of all strategies, and the policy's."""
     functions = [*POLICY_LOSSES.values(), *ADDITIONS.values(), *MARKS.values(), AdaptiveEntropyCoef]
     functions += [*ADVANTAGES.values(), *REWARD_SHAPING.values()]
-    return {f"algorithm.options.{key}" for function in functions for key in defaults_of(function)} | {
-        f"algorithm.schedule.options.{key}" for cls in SCHEDULES.values() for key in defaults_of(cls)
-    }
+    return (
+        {f"algorithm.options.{key}" for function in functions for key in defaults_of(function)}
+        | {f"algorithm.schedule.options.{key}" for cls in SCHEDULES.values() for key in defaults_of(cls)}
+        | {f"policy.options.{key}" for key in defaults_of(PolicyOptions)}
+    )
 
 
 def row_of(text: str, heading: str, name: str) -> str:

@@ -96,6 +96,18 @@ def test_the_layout_is_that_of_the_groups(tmp_path: Path):
     assert [[int(cell) for cell in row] for row in rows] == expected
 
 
+def test_virtual_stages_take_micro_batches_in_groups(qwen_7b: Path):
+    settings = [f"model.path={qwen_7b}", "policy.pipeline_parallel=4", "policy.tensor_parallel=1"]
+    config = load_config(
+        ROOT / "configs" / "qwen7b_did.yaml",
+        [*settings, "policy.sequence_parallel=false", "policy.options.virtual_stages=7"],
+    )
+    text = dry_run_text(config, nodes=1, gpus_per_node=8)
+    assert "x PP 4, 7 virtual stages on each\n" in text
+    found = re.search(r"an update takes at most about (\d+), in groups of 4\n", text)
+    assert found is not None and int(found[1]) % 4 == 0
+
+
 def test_groups_that_span_nodes_are_noted(tmp_path: Path):
     config = tiny(tmp_path, "policy.tensor_parallel=2")
     assert "note:" not in dry_run_text(config, nodes=2, gpus_per_node=2)
@@ -163,7 +175,12 @@ def test_engines_on_nodes_of_their_own_are_no_ranks(tmp_path: Path):
             8,
             r"must divide the checkpoint's num_attention_heads=2\. Use one of 1, 2",
         ),
-        (["policy.pipeline_parallel=4"], 8, r"must divide the checkpoint's num_hidden_layers=2\."),
+        (["policy.pipeline_parallel=4"], 8, r"exceeds the checkpoint's num_hidden_layers=2: a stage"),
+        (
+            ["policy.pipeline_parallel=2", "policy.options.virtual_stages=2"],
+            8,
+            r"virtual_stages=2 = 4 exceeds the checkpoint's num_hidden_layers=2: a stage",
+        ),
         (["policy.tensor_parallel=1"], 128, r"= 64 sequences must feed the 128 data-parallel ranks"),
         (
             ["rollout.engine=vllm", "rollout.tensor_parallel=3"],

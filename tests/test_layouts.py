@@ -1,7 +1,7 @@
 """The same batch and one update in every layout: one loss, one gradient, one clip set, one set of new weights.
 
-TP 1, 2, 4 x PP 1, 2 x CP 1, 2, 4 x DP 1, 2, 4, sequence parallelism, both optimizers, recomputing, the size of a
-micro-batch, the order in the packing, the three aggregations. Compared with one rank and one micro-batch.
+TP 1, 2, 4 x PP 1, 2 x CP 1, 2, 4 x DP 1, 2, 4, sequence parallelism, both optimizers, recomputing, virtual stages, overlap,
+the size of a micro-batch, the order in the packing, the three aggregations. Compared with one rank and one micro-batch.
 
 Token sets, masks and counts are integers and equal. All else is fp32 sums of the same terms in another order: matrix
 products over tensor shards, attention over rows padded to another length, gradients over micro-batches and ranks. Each
@@ -36,7 +36,7 @@ from policy_fixtures import (
 
 from megatron_fec.config import OptimizerConfig
 from megatron_fec.policy import model as policy_model
-from megatron_fec.policy.step import Policy, unwrapped
+from megatron_fec.policy.step import Policy, cores
 
 LEARNING_RATE = 0.5
 # Log-prob and entropy of each response token, values up to 12; found 2.9e-6.
@@ -53,6 +53,7 @@ class Layout:
     """A PolicyConfig's values, and how the batch is split."""
 
     settings: tuple[tuple[str, Any], ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()  # of policy.options
     data_parallel: int = 1
     micro_batch_tokens: int = 512  # the whole batch
     seed: int = 1  # of the order of the sequences
@@ -60,7 +61,7 @@ class Layout:
 
     @property
     def name(self) -> str:
-        parts = [f"{key}={value}" for key, value in self.settings]
+        parts = [f"{key}={value}" for key, value in (*self.settings, *self.options)]
         batch = [f"dp={self.data_parallel}", f"tokens={self.micro_batch_tokens}", f"seed={self.seed}"]
         return ",".join([*parts, *batch, self.aggregation])
 
@@ -70,10 +71,12 @@ def layout(
     micro_batch_tokens: int = 512,
     seed: int = 1,
     aggregation: str = "token_mean",
+    options: Any = None,
     **settings: Any,
 ) -> Layout:
     return Layout(
         settings=tuple(settings.items()),
+        options=tuple((options or {}).items()),
         data_parallel=data_parallel,
         micro_batch_tokens=micro_batch_tokens,
         seed=seed,
@@ -87,6 +90,8 @@ PP2: dict[str, Any] = {"pipeline_parallel": 2}
 CP2: dict[str, Any] = {"context_parallel": 2}
 SP: dict[str, Any] = {"sequence_parallel": True}
 DISTRIBUTED: dict[str, Any] = {"distributed_optimizer": True}
+VIRTUAL: dict[str, Any] = {"virtual_stages": 2}
+OVERLAP: dict[str, Any] = {"overlap": True}
 LAYOUTS = [
     layout(micro_batch_tokens=16),
     layout(micro_batch_tokens=16, seed=2),
@@ -118,6 +123,23 @@ CASES = [(kind, chosen) for kind in ("qwen3", "tied", "qwen2") for chosen in LAY
     ("qwen3_kv4", layout(context_parallel=4, micro_batch_tokens=32)),
     ("tied", layout(**TP2, **PP2, micro_batch_tokens=32, logits_chunk_tokens=8)),
     ("tied", layout(**CP2, **TP2, **SP, **PP2, **DISTRIBUTED, micro_batch_tokens=32)),
+    ("qwen3_deep", layout(**PP2, micro_batch_tokens=32, options=VIRTUAL)),
+    (
+        "qwen3_deep",
+        layout(**PP2, micro_batch_tokens=16, seed=2, options={**VIRTUAL, "recompute": "selective"}),
+    ),
+    ("qwen3_deep", layout(2, **PP2, **DISTRIBUTED, micro_batch_tokens=32, options=VIRTUAL | OVERLAP)),
+    ("qwen3_deep", layout(**CP2, **PP2, micro_batch_tokens=32, options={**VIRTUAL, "recompute": "full"})),
+    ("llama_tied_deep", layout(**PP2, micro_batch_tokens=32, options=VIRTUAL, logits_chunk_tokens=8)),
+    (
+        "llama_tied_deep",
+        layout(**TP2, **PP2, **SP, **DISTRIBUTED, micro_batch_tokens=32, options={**VIRTUAL, **OVERLAP}),
+    ),
+    ("qwen3", layout(2, micro_batch_tokens=16, options=OVERLAP)),
+    ("qwen3", layout(2, **DISTRIBUTED, micro_batch_tokens=16, options=OVERLAP)),
+    ("tied", layout(2, **DISTRIBUTED, **PP2, micro_batch_tokens=32, options=OVERLAP, logits_chunk_tokens=8)),
+    ("tied", layout(**CP2, **TP2, **SP, **DISTRIBUTED, micro_batch_tokens=32, options=OVERLAP)),
+    ("qwen2", layout(**DISTRIBUTED, options=OVERLAP)),
     *(
         ("qwen3", layout(aggregation=how, **chosen))
         for how in ("seq_mean_token_mean", "seq_mean_token_sum")
@@ -164,7 +186,7 @@ def outcome(root: Path, kind: str, chosen: Layout, *, is_sgd: bool = True) -> Ou
     ranks = on_layout(
         folder,
         job,
-        fp32(**dict(chosen.settings)),
+        fp32(**dict(chosen.settings), options=dict(chosen.options)),
         data_parallel=chosen.data_parallel,
         optimizer=OptimizerConfig(lr=LEARNING_RATE, clip_grad=1e9),
     )
@@ -225,22 +247,30 @@ def test_the_same_operations_give_the_same_bits(root: Path, chosen: Layout, same
 @pytest.mark.parametrize(
     ("recompute", "attention", "layers"), [("none", 1, 1), ("selective", 2, 1), ("full", 2, 2)]
 )
-def test_recomputing_runs_the_forward_again(root: Path, recompute: str, attention: int, layers: int) -> None:
-    """Forwards of each attention core and of each layer in one update of one micro-batch."""
+@pytest.mark.parametrize(
+    "chosen", [layout(), layout(**PP2, options=VIRTUAL), layout(**CP2, **TP2, **SP)], ids=lambda x: x.name
+)
+def test_recomputing_runs_the_forward_again(
+    root: Path, chosen: Layout, recompute: str, attention: int, layers: int
+) -> None:
+    """Forwards of each attention core and of each layer in one update, for each micro-batch."""
 
-    def job(policy: Policy) -> dict[str, int]:
-        counts: dict[str, int] = {}
+    def job(policy: Policy) -> tuple[int, dict[tuple[int, str], int]]:
+        counts: dict[tuple[int, str], int] = {}
         (batches,) = pack_for(policy, make_groups())
-        for name, module in unwrapped(policy.model).named_modules():
-            if name.endswith("core_attention") or name.removeprefix("decoder.layers.").isdigit():
-                counts[name] = 0
-                module.register_forward_pre_hook(partial(count, counts, name))
+        for number, core in enumerate(cores(policy)):
+            for name, module in core.named_modules():
+                if name.endswith("core_attention") or name.removeprefix("decoder.layers.").isdigit():
+                    counts[number, name] = 0
+                    module.register_forward_pre_hook(partial(count, counts, (number, name)))
         nll_step(policy, batches)
-        return counts
+        return len(batches), counts
 
-    (counts,) = on_layout(model_dir(root, "qwen3"), job, fp32(options={"recompute": recompute}))
-    assert sorted(counts.values()) == sorted([attention, layers] * 2)
+    settings = fp32(**dict(chosen.settings), options={**dict(chosen.options), "recompute": recompute})
+    kind = "qwen3_deep" if chosen.options else "qwen3"
+    for num_batches, counts in on_layout(model_dir(root, kind), job, settings):
+        assert sorted(counts.values()) == sorted([attention * num_batches, layers * num_batches] * 2)
 
 
-def count(counts: dict[str, int], name: str, *unused: Any) -> None:
-    counts[name] += 1
+def count(counts: dict[tuple[int, str], int], key: tuple[int, str], *unused: Any) -> None:
+    counts[key] += 1

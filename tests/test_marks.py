@@ -155,9 +155,11 @@ def reference_after_an_update(policy: Policy, table: Tensor) -> tuple[bool, bool
     token_loss = policy_token_loss(algorithm, WEIGHTS, max_response_tokens=9, context_group=None, seed=0)
     policy.scheduler.step(increment=1)
     train_update(policy, [off_policy(mb, table) for mb in first], token_loss)
-    before = [p.clone() for p in unwrapped(policy.model).parameters()]
+    before = [p.clone() for p in unwrapped(policy.chunks[0]).parameters()]
     [filled] = reference.fill(policy, [first])
-    kept = all(torch.equal(a, b) for a, b in zip(before, unwrapped(policy.model).parameters(), strict=True))
+    kept = all(
+        torch.equal(a, b) for a, b in zip(before, unwrapped(policy.chunks[0]).parameters(), strict=True)
+    )
     same, moved = True, 0.0
     for mb, (_, stats) in zip(filled, token_statistics(policy, first, second_moments=False), strict=True):
         if stats is not None:

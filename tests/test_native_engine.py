@@ -133,7 +133,7 @@ def test_no_step_and_no_logits_without_need(model_dir: Path) -> None:
     prompts = [PROMPTS[row] for row in stopping]
 
     def job(policy: Policy) -> tuple[list[Response], list[int]]:
-        model: Any = unwrapped(policy.model)
+        model: Any = unwrapped(policy.chunks[0])
         positions: list[int] = []  # of the hidden states that become logits, step after step
         model.output_layer.register_forward_pre_hook(lambda _, inputs: positions.append(inputs[0].shape[0]))
         return sample(policy, prompts, numbers=uniforms(len(PROMPTS))[stopping]), positions
@@ -183,12 +183,12 @@ def test_training_does_not_notice_the_sampling(
     batch = micro_batches([([1, 2, 3, STOP], [])] * len(PROMPTS))
 
     def state(policy: Policy) -> list[Any]:
-        model = unwrapped(policy.model)
-        gradients = [p.main_grad.clone() for p in policy.model.parameters()]  # type: ignore[attr-defined]
-        parameters = [p.detach().clone() for p in policy.model.parameters()]
+        model = unwrapped(policy.chunks[0])
+        gradients = [p.main_grad.clone() for p in policy.chunks[0].parameters()]  # type: ignore[attr-defined]
+        parameters = [p.detach().clone() for p in policy.chunks[0].parameters()]
         flags = [
             (name, module.training, getattr(module, switch, None))
-            for name, module in policy.model.named_modules()
+            for name, module in policy.chunks[0].named_modules()
             for switch in sampling.SPLIT_SWITCHES
         ]
         config = vars(model.config).copy()  # type: ignore[union-attr]
@@ -196,7 +196,7 @@ def test_training_does_not_notice_the_sampling(
 
     def job(policy: Policy, *, samples: bool) -> list[Any]:
         train_update(policy, batch, log_likelihood)
-        policy.model.train(is_training)
+        policy.train(is_training)
         if samples:
             before = state(policy)
             sample(policy)

@@ -72,7 +72,7 @@ def nan_logprob(stats: TokenStats, micro_batch: MicroBatch) -> LossOutput:
 
 
 def spoil_gradient(policy: Policy, name: str) -> None:
-    parameter = dict(unwrapped(policy.model).named_parameters())[name]
+    parameter = dict(unwrapped(policy.chunks[0]).named_parameters())[name]
     parameter.register_hook(lambda gradient: gradient * math.inf)
 
 
@@ -169,7 +169,7 @@ def test_a_weight_is_named_before_all_that_follows_from_it(model: Path, layout: 
 
     def job(policy: Policy) -> str:
         if dist.get_rank() == 1:
-            dict(unwrapped(policy.model).named_parameters())[name].data[3, 3] = math.nan
+            dict(unwrapped(policy.chunks[0]).named_parameters())[name].data[3, 3] = math.nan
         with pytest.raises(NonFiniteError) as error:
             compute_logprobs(policy, pack_for(policy, make_groups()))
         return str(error.value)
@@ -238,7 +238,7 @@ def _poison_logprobs() -> None:
     compute = compute_logprobs
 
     def poisoned(policy: Policy, updates: Any) -> Any:
-        core: Any = unwrapped(policy.model)
+        core: Any = unwrapped(policy.chunks[0])
         core.output_layer.register_forward_hook(lambda _, __, out: (out[0] * math.nan, out[1]))
         return compute(policy, updates)
 

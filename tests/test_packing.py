@@ -56,6 +56,30 @@ def test_a_micro_batch_written_by_hand() -> None:
     assert batch.old_logprobs is None
 
 
+@pytest.mark.parametrize(
+    ("multiple", "count", "length"), [(1, 3, 13), (2, 4, 12), (4, 4, 12), (5, 5, 7), (8, 8, 7)]
+)
+def test_an_update_has_a_multiple_of_micro_batches(multiple: int, count: int, length: int) -> None:
+    """The tokens are spread over them, so that they get shorter; where sequences run out the rest is empty."""
+    groups = [group(0, [5, 6], [[4] * n for n in (6, 5, 6, 5, 6)])]  # 7, 6, 7, 6, 7 positions
+    wanted = dataclasses.replace(layout(tokens=14), micro_batch_multiple=multiple)
+    [batches] = pack(groups, layout=wanted, prompts_per_update=1, seed=0)
+    assert len(batches) == count
+    assert {len(batch.tokens) for batch in batches} == {length}
+    found = sorted(i for batch in batches for i in set(batch.sequence_ids.tolist()) - {-1})
+    assert found == [0, 1, 2, 3, 4]
+    assert sum(not batch.response_mask.any() for batch in batches) == max(0, count - 5)
+
+
+def test_all_micro_batches_can_have_the_length_of_the_budget() -> None:
+    groups = [group(0, [5, 6], [[4], [7, 8, 9]])]
+    wanted = dataclasses.replace(layout(tokens=24, multiple=4), is_full_length=True)
+    [[batch]] = pack(groups, layout=wanted, prompts_per_update=1, seed=0)
+    assert len(batch.tokens) == 24 and batch.cu_seqlens.tolist() == [0, 4, 6, 24]
+    [[short]] = pack(groups, layout=layout(tokens=24, multiple=4), prompts_per_update=1, seed=0)
+    assert len(short.tokens) == 8 and torch.equal(batch.tokens[:8], short.tokens)
+
+
 def test_the_longest_sequence_may_be_the_padding() -> None:
     [[batch]] = pack([group(0, [5], [[4]])], layout=layout(multiple=8), prompts_per_update=1, seed=0)
     assert batch.cu_seqlens.tolist() == [0, 1, 8]

@@ -45,7 +45,7 @@ from megatron_fec.policy.expert_weights import GroupedNames
 from megatron_fec.policy.model import load_hf_config
 from megatron_fec.policy.nonfinite import NonFiniteError
 from megatron_fec.policy.sizes import parameter_count, places, stage_memory, stage_parameters
-from megatron_fec.policy.step import Policy, unwrapped
+from megatron_fec.policy.step import Policy, cores
 from megatron_fec.policy.weights import export_hf
 
 TOKENS: Any = {"rel": 1e-6, "abs": 4e-6}  # log-prob and entropy; found 2.9e-6
@@ -98,7 +98,7 @@ def update(policy: Policy, table: Tensor, tokens: int) -> tuple[Outcome, dict[st
     for group in policy.optimizer.param_groups:
         group["eps"] = 1.0  # Adam's first step is the gradient's sign, which turns rounding into a whole step
     before = copied_weights(policy)
-    count = sum(parameter.numel() for parameter in unwrapped(policy.model).parameters())
+    count = sum(parameter.numel() for parameter in cores(policy)[0].parameters())
     (batches,) = pack_for(policy, make_groups(), micro_batch_tokens=tokens)
     return one_update(policy, batches, old_logprobs=table), before, count
 
@@ -197,7 +197,7 @@ def test_the_experts_have_the_names_of_grouped_products(model_dir: Path) -> None
     """That mbridge maps and Transformer Engine's TEGroupedMLP has; the local layers' are another list."""
 
     def job(policy: Policy) -> set[str]:
-        names = {name for name, _ in GroupedNames(unwrapped(policy.model)).named_parameters()}
+        names = {name for name, _ in GroupedNames(cores(policy)[0]).named_parameters()}
         return {name for name in names if ".layers.1.mlp." in name}
 
     for names in on_layout(model_dir, job, fp32(**EP2), data_parallel=2):
@@ -209,7 +209,7 @@ def test_a_gradient_that_is_not_finite_is_found_in_an_expert(model_dir: Path) ->
     def job(policy: Policy) -> str:
         (batches,) = pack_for(policy, make_groups())
         if policy.layout.data_parallel_rank == 1:
-            for name, parameter in unwrapped(policy.model).named_parameters():
+            for name, parameter in cores(policy)[0].named_parameters():
                 if name.endswith("layers.0.mlp.experts.local_experts.1.linear_fc2.weight"):
                     parameter.register_hook(lambda gradient: gradient * math.nan)
         before = copied_weights(policy)
@@ -226,8 +226,8 @@ def allocated(policy: Policy) -> tuple[int, int, int]:
     """Bytes of weights, of gradient buffers, and of the optimizer's moments, after a step."""
     (batches,) = pack_for(policy, make_groups())
     nll_step(policy, batches)
-    weights = sum(p.numel() * p.element_size() for p in unwrapped(policy.model).parameters())
-    buffers: Any = policy.model.buffers + policy.model.expert_parallel_buffers  # type: ignore[operator]
+    weights = sum(p.numel() * p.element_size() for p in cores(policy)[0].parameters())
+    buffers: Any = policy.chunks[0].buffers + policy.chunks[0].expert_parallel_buffers  # type: ignore[operator]
     gradients = sum(b.grad_data.numel() * b.grad_data.element_size() for b in buffers)
     inner: Any = [each.optimizer for each in policy.optimizer.chained_optimizers]  # type: ignore[attr-defined]
     states = [value for each in inner for state in each.state.values() for value in state.values()]

@@ -172,7 +172,7 @@ def test_a_checkpoint_in_several_files_is_read_and_written(tmp_path: Path, kind:
 
 def test_each_rank_holds_its_share_only(models: dict[str, Path]) -> None:
     def job(policy: Policy) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(p.shape) for name, p in unwrapped(policy.model).named_parameters()}
+        return {name: tuple(p.shape) for name, p in unwrapped(policy.chunks[0]).named_parameters()}
 
     first, _, last, _ = on_layout(models["qwen2"], job, fp32(tensor_parallel=2, pipeline_parallel=2))
     assert first["embedding.word_embeddings.weight"] == (64, 64)  # 37 rows padded to 2 x 64

@@ -188,7 +188,7 @@ def test_a_micro_batch_without_response_tokens_adds_nothing(models: dict[str, Pa
         for batches in ([batch], [batch, without_response(batch)]):
             (filled,), _ = compute_logprobs(policy, [batches])
             sums, grad_norm = train_update(policy, filled, clip_token_loss)
-            gradients = {n: p.main_grad.clone() for n, p in policy.model.named_parameters()}  # type: ignore[attr-defined]
+            gradients = {n: p.main_grad.clone() for n, p in policy.chunks[0].named_parameters()}  # type: ignore[attr-defined]
             found.append((reduce_metrics(sums, policy.layout).means(), grad_norm, gradients))
         return found
 
@@ -363,7 +363,7 @@ def test_the_settings_reach_adam(models: dict[str, Path]) -> None:
 def test_gradients_above_the_limit_are_scaled(models: dict[str, Path]) -> None:
     def job(policy: Policy) -> tuple[float, float]:
         norm = nll_step(policy, first_update(policy))[1]
-        clipped = sum(p.main_grad.square().sum() for p in policy.model.parameters())  # type: ignore[attr-defined]
+        clipped = sum(p.main_grad.square().sum() for p in policy.chunks[0].parameters())  # type: ignore[attr-defined]
         return norm, float(clipped) ** 0.5
 
     ((norm, clipped),) = on_layout(models["qwen2"], job, optimizer=OptimizerConfig(lr=1e-3, clip_grad=0.5))

@@ -138,7 +138,7 @@ def test_the_newest_checkpoint_is_resumed(model: Path, tmp_path: Path):
         ),
         (
             ["policy.pipeline_parallel=3"],
-            r"policy\.pipeline_parallel=3 must divide the checkpoint's num_hidden_layers=2\. Use one of 1, 2\.",
+            r"policy\.pipeline_parallel=3 exceeds the checkpoint's num_hidden_layers=2: a stage would have no layer\. Use",
         ),
         (
             ["rollout.max_response_tokens=1015", "policy.micro_batch_tokens=2000"],
@@ -229,6 +229,24 @@ def test_a_batch_smaller_than_data_parallelism(tmp_path: Path):
         match=r"prompts_per_update=4 x rollout\.group_size=3 = 12 sequences must feed the 13 data-parallel",
     ):
         prepared(tmp_path, data_parallel=13)
+
+
+def test_an_option_that_this_machine_cannot_honour(tmp_path: Path):
+    settings = ["policy.precision=bf16", "policy.distributed_optimizer=true"]
+    with pytest.raises(
+        ConfigError, match=r"policy\.options\.optimizer_on_host=0\.5 .* has no GPU: .* Set it to 0"
+    ):
+        prepared(tmp_path, *settings, "policy.options.optimizer_on_host=0.5")
+
+
+def test_tensor_overlap_cannot_sample_by_the_policy(tmp_path: Path, pristine: Path):
+    settings = ["policy.tensor_parallel=2", "policy.sequence_parallel=true", "policy.options.tp_overlap=true"]
+    hf_config = AutoConfig.from_pretrained(pristine)
+    with pytest.raises(
+        ConfigError, match=r"tp_overlap=true does not go with rollout\.engine=native: .* use roll"
+    ):
+        preflight.check_model(config_of(tmp_path, *settings), hf_config)
+    preflight.check_model(config_of(tmp_path, *settings, "rollout.engine=vllm"), hf_config)
 
 
 def test_vllm_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

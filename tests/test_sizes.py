@@ -43,7 +43,7 @@ def test_the_parameters_of_each_rank_are_those_of_the_built_model(
     settings = fp32(tensor_parallel=tensor, pipeline_parallel=pipeline)
 
     def job(policy: Policy) -> int:
-        return sum(parameter.numel() for parameter in unwrapped(policy.model).parameters())
+        return sum(parameter.numel() for parameter in unwrapped(policy.chunks[0]).parameters())
 
     hf_config = load_hf_config(str(models[kind]))
     expected = [
@@ -55,9 +55,9 @@ def test_the_parameters_of_each_rank_are_those_of_the_built_model(
 def allocated(policy: Policy) -> tuple[int, int, int]:
     """Bytes of weights, gradient buffers, and all that the optimizer holds beside them, after a step."""
     nll_step(policy, pack_for(policy, make_groups())[0])
-    parameters = list(unwrapped(policy.model).parameters())
+    parameters = list(unwrapped(policy.chunks[0]).parameters())
     weights = sum(p.numel() * p.element_size() for p in parameters)
-    buffers: Any = policy.model.buffers  # Megatron's, which hide those of nn.Module
+    buffers: Any = policy.chunks[0].buffers  # Megatron's, which hide those of nn.Module
     gradients = sum(b.grad_data.numel() * b.grad_data.element_size() for b in buffers)
     inner = [outer.optimizer for outer in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])]
     masters = [p for each in inner for group in each.param_groups for p in group["params"]]

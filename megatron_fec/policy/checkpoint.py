@@ -23,7 +23,7 @@ from megatron.core.parallel_state import get_data_parallel_group
 
 from megatron_fec.config import ConfigError
 from megatron_fec.policy.checkpoint_files import STATE_FILE
-from megatron_fec.policy.step import Policy, unwrapped
+from megatron_fec.policy.step import Policy, cores, gather_weights
 from megatron_fec.security import check_checkpoint
 
 # The sizes that a checkpoint's tensors must share with the model that reads them.
@@ -89,7 +89,7 @@ def load_checkpoint(policy: Policy, checkpoint: Path) -> None:
     wanted = sharded_state(policy, is_loading=True)
     settings = [_settings(group) for group in policy.optimizer.param_groups]
     loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(checkpoint))  # type: ignore[assignment]
-    unwrapped(policy.model).load_state_dict(loaded["model"])
+    _fill_models(policy, loaded)
     saved = loaded["optimizer"]
     for part in saved.values() if 0 in saved else [saved]:  # a mixture of experts has two optimizers
         for group in part.get("optimizer", part)["param_groups"]:
@@ -111,10 +111,22 @@ def load_checkpoint(policy: Policy, checkpoint: Path) -> None:
 
 def load_model_only(policy: Policy, checkpoint: Path) -> None:
     """Fills the model and nothing else, in any layout."""
-    model = unwrapped(policy.model)
-    wanted = {"model": model.sharded_state_dict(metadata=_sharding_metadata())}  # type: ignore[operator]
+    wanted = _sharded_models(policy, _sharding_metadata())
     loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(checkpoint))  # type: ignore[assignment]
-    model.load_state_dict(loaded["model"])
+    _fill_models(policy, loaded)
+
+
+def _sharded_models(policy: Policy, metadata: dict[str, Any]) -> dict[str, Any]:
+    """The shards of each chunk under a name of its own; a tensor's name in the file does not depend on the layout."""
+    return {
+        f"model{number}": core.sharded_state_dict(metadata=metadata)
+        for number, core in enumerate(cores(policy))
+    }
+
+
+def _fill_models(policy: Policy, loaded: dict[str, Any]) -> None:
+    for number, core in enumerate(cores(policy)):
+        core.load_state_dict(loaded[f"model{number}"])
 
 
 def _sharding_metadata() -> dict[str, Any]:
@@ -129,13 +141,25 @@ def _sharding_metadata() -> dict[str, Any]:
 def sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
     """Megatron's part: this rank's shards of model and optimizer, and the step of the learning rate."""
     metadata = _sharding_metadata()
-    model = unwrapped(policy.model).sharded_state_dict(metadata=metadata)  # type: ignore[operator]
-    optimizer = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
-    return {"model": model, "optimizer": optimizer, "scheduler": policy.scheduler.state_dict()}
+    gather_weights(policy)
+    models = _sharded_models(policy, metadata)
+    with _places_with_padding():
+        optimizer = policy.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)
+    return {**models, "optimizer": without_classes(optimizer), "scheduler": policy.scheduler.state_dict()}
+
+
+def without_classes(state: Any) -> Any:
+    """The optimizer's state without the classes that its parameter groups name where it lies on the host.
+
+    They are settings, which load_checkpoint takes from the configuration; a newer version may not have them any more.
+    """
+    if isinstance(state, dict):
+        return {name: without_classes(value) for name, value in state.items() if not isinstance(value, type)}
+    return [without_classes(value) for value in state] if isinstance(state, list) else state
 
 
 def is_distributed(policy: Policy) -> bool:
-    return policy.model.ddp_config.use_distributed_optimizer
+    return policy.chunks[0].ddp_config.use_distributed_optimizer
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
@@ -187,6 +211,40 @@ def _torch_adam_step() -> Iterator[None]:
         yield
     finally:
         DistributedOptimizer._set_main_param_and_optimizer_states = original
+
+
+@contextmanager
+def _places_with_padding() -> Iterator[None]:
+    """megatron-core gathers the optimizer's state without the padding between buckets, and then cuts it as if it were there.
+
+    With overlap there are several buckets: wherever one of them is padded, all weights behind it would be saved shifted.
+    """
+    original = DistributedOptimizer.get_parameter_state_dp_zero
+
+    def with_padding(self: DistributedOptimizer, *args: Any, **kwargs: Any) -> Any:
+        state: Any = original(self, *args, **kwargs)
+        for index, buffer in enumerate(self.buffers):
+            for tensors in state[index].values() if state is not None else ():
+                for name, packed in tensors.items():
+                    if isinstance(packed, torch.Tensor):
+                        tensors[name] = _with_padding(packed, buffer)
+        return state
+
+    DistributedOptimizer.get_parameter_state_dp_zero = with_padding
+    try:
+        yield
+    finally:
+        DistributedOptimizer.get_parameter_state_dp_zero = original
+
+
+def _with_padding(packed: torch.Tensor, buffer: Any) -> torch.Tensor:
+    """[numel] the state of a buffer's weights where the weights lie, from [numel_unpadded] of its buckets end to end."""
+    placed, start = packed.new_zeros(buffer.numel), 0
+    for bucket in buffer.buckets:
+        end = start + bucket.numel_unpadded
+        placed[bucket.offset : bucket.offset + bucket.numel_unpadded] = packed[start:end]
+        start = end
+    return placed
 
 
 def _rng_tracker() -> Any:

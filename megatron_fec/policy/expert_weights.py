@@ -7,7 +7,7 @@ gathers over the wrong group where EP is 1 or TP and ETP differ, and sends each 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,25 +43,24 @@ class GroupedNames:
                 yield name, value
 
 
-def expert_weights(model: torch.nn.Module, layout: ParallelLayout) -> Iterator[tuple[str, Tensor]]:
+def expert_weights(models: Sequence[Any], layout: ParallelLayout) -> Iterator[tuple[str, Tensor]]:
     """(name, full tensor) of each expert's projections by Hugging Face's names; every rank must iterate it all.
 
     One expert of each EP rank is gathered at a time: two all-gathers, and a broadcast where there are pipeline stages.
     """
-    config: Any = model.config
+    config: Any = models[0].config
     own = {
-        (int(match[1]), match[2], int(match[3])): parameter
+        (model.decoder.layers[int(match[1])].layer_number - 1, match[2], int(match[3])): parameter
+        for model in models
         for name, parameter in GroupedNames(model).named_parameters()
         if (match := GROUPED_NAME.match(name))
     }
-    numbers: Any = [layer.layer_number - 1 for layer in model.decoder.layers]  # type: ignore[union-attr]
-    local_index = {number: index for index, number in enumerate(numbers)}
-    owners = _owners(numbers, layout)
+    owners = _owners(sorted({layer for layer, _, _ in own}), layout)
     count = config.num_moe_experts // dist.get_world_size(layout.expert_group)
     for layer in range(config.num_layers):
         for local in range(count):
             for part in ("linear_fc1", "linear_fc2"):
-                shard = own.get((local_index.get(layer, -1), part, local))
+                shard = own.get((layer, part, local))
                 parts = _gathered(_from_stage(shard, owners[layer], config, layout, part), layout, part)
                 for rank, projections in enumerate(parts):
                     for projection, tensor in projections.items():

@@ -27,7 +27,7 @@ def uses_transformer_engine() -> bool:
     return HAS_TRANSFORMER_ENGINE and torch.cuda.is_available()
 
 
-def block_spec(config: TransformerConfig) -> Any:
+def block_spec(config: TransformerConfig, *, vp_stage: int | None = None) -> Any:
     """Transformer Engine's layers where they can run, else the local ones with our norm and attention."""
     if uses_transformer_engine():
         return get_gpt_layer_with_transformer_engine_spec(
@@ -47,4 +47,6 @@ def block_spec(config: TransformerConfig) -> Any:
         attention.q_layernorm = RMSNorm
         attention.k_layernorm = RMSNorm
     norm: Any = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=norm)
+    return TransformerBlockSubmodules(
+        layer_specs=[spec] * get_num_layers_to_build(config, vp_stage), layer_norm=norm
+    )

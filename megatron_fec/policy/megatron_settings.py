@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_fec.config import PolicyConfig
+from megatron_fec.policy.layout_settings import layout_settings
 from megatron_fec.policy_options import options_of_policy
 
 
@@ -27,4 +28,4 @@ def megatron_settings(policy: PolicyConfig) -> dict[str, Any]:
         }
     elif recompute == "selective":
         settings |= {"recompute_granularity": "selective"}
-    return settings
+    return settings | layout_settings(policy)

@@ -87,7 +87,9 @@ class PolicyModel(GPTModel):
         labels = kwargs["labels"]
         if self.logits_chunk_tokens is None or labels is None or not self.post_process:
             return super()._postprocess(hidden_states, *args, **kwargs)
-        # The module itself is not called: with DDP's overlap_param_gather its hook would have to be.
+        # The module itself is not called, but its hooks are: DDP's, with overlap, waits for the gather of its weight.
+        for hook in list(self.output_layer._forward_pre_hooks.values()):
+            hook(self.output_layer, ())
         shares_weight = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if shares_weight else self.output_layer.weight
         assert weight is not None
@@ -168,23 +170,28 @@ def build_model(
     temperature: float,
     vocab_size: int,
     logits_chunk_tokens: int | None = None,
-) -> tuple[torch.nn.Module, TransformerConfig]:
-    """This rank's stage and shard, weights not loaded; wrapped for bf16 where that is the precision.
+    virtual_stage: int = 0,
+) -> torch.nn.Module:
+    """A chunk of this rank's stage and shard, weights not loaded; wrapped for bf16 where that is the precision.
 
+    virtual_stage: number of the chunk, of layout.virtual_stages; the first of the first stage holds the embedding, the
+    last of the last stage the head.
     vocab_size: ids with a token; the checkpoint's other rows are padding.
     """
     config: TransformerConfig = bridge.config
     hf_config: Any = bridge.hf_config  # which mbridge annotates as AutoConfig
     assert bridge.padded_vocab_size is not None
+    vp_stage = virtual_stage if layout.virtual_stages > 1 else None  # megatron-core's number of a chunk
     model = PolicyModel(
         config=config,
-        transformer_layer_spec=block_spec(config),
+        transformer_layer_spec=block_spec(config, vp_stage=vp_stage),
         vocab_size=bridge.padded_vocab_size,
         max_sequence_length=hf_config.max_position_embeddings,
-        pre_process=is_pipeline_first_stage(),
-        post_process=layout.is_last_stage,
+        pre_process=is_pipeline_first_stage() and virtual_stage == 0,
+        post_process=layout.is_last_stage and virtual_stage == layout.virtual_stages - 1,
         share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
         position_embedding_type="rope",
+        vp_stage=vp_stage,
         **_rope_arguments(hf_config),
     )
     model.true_vocab_size = min(vocab_size, hf_config.vocab_size)
@@ -193,24 +200,36 @@ def build_model(
     model.logits_chunk_tokens = logits_chunk_tokens
     model.to(device())
     mark_expert_gradients(model)
-    return (Float16Module(config, model) if config.bf16 else model), config
+    return Float16Module(config, model) if config.bf16 else model
 
 
 def forward(model: torch.nn.Module, micro_batch: MicroBatch) -> TokenStats | Tensor:
-    """TokenStats on the last stage, hidden states [T, 1, hidden] on the others."""
-    cu_seqlens = micro_batch.cu_seqlens
+    """TokenStats from the last chunk of the last stage, hidden states [T, 1, hidden] from the others."""
     return model(
         input_ids=micro_batch.tokens.unsqueeze(0),
         position_ids=micro_batch.position_ids.unsqueeze(0),
         attention_mask=None,
         labels=micro_batch.labels.unsqueeze(0),
-        packed_seq_params=PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            max_seqlen_q=micro_batch.max_seqlen,
-            max_seqlen_kv=micro_batch.max_seqlen,
-        ),
+        packed_seq_params=packed_seq_params(micro_batch),
+    )
+
+
+def packed_seq_params(micro_batch: MicroBatch) -> PackedSeqParams:
+    """The packed sequences as attention and rotary embedding take them: starts and lengths before the context split.
+
+    Transformer Engine's context-parallel attention reads the padded starts, and takes it for granted that nothing lies
+    between sequences where they are the same tensor. So it is here: padding belongs to a sequence, whose real tokens do
+    not see it under the causal mask, and the rest is a sequence of its own.
+    """
+    cu_seqlens = micro_batch.cu_seqlens
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=cu_seqlens,
+        cu_seqlens_kv_padded=cu_seqlens,
+        max_seqlen_q=micro_batch.max_seqlen,
+        max_seqlen_kv=micro_batch.max_seqlen,
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
@@ -11,27 +14,47 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 
 from megatron_fec.config import OptimizerConfig, PolicyConfig
+from megatron_fec.policy.layout_settings import ddp_settings, optimizer_settings
 from megatron_fec.policy.nonfinite import GradientWatch
 
 CONSTANT_STEPS = 2**31  # a decay that never arrives: megatron's constant schedule still asks for its length
 
 
 def wrap_ddp(
-    model: torch.nn.Module, config: TransformerConfig, policy: PolicyConfig, gradients: GradientWatch
-) -> DistributedDataParallel:
-    """Megatron's DDP; gradients are summed in fp32 over DP x CP and divided by the global count in finalize."""
-    wrapped = DistributedDataParallel(
-        config=config,
-        ddp_config=DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=policy.distributed_optimizer,
-            overlap_grad_reduce=False,
-        ),
-        module=model,
-    )
+    models: Sequence[torch.nn.Module],
+    config: TransformerConfig,
+    policy: PolicyConfig,
+    gradients: GradientWatch,
+) -> list[DistributedDataParallel]:
+    """Each chunk in Megatron's DDP; gradients are summed in fp32 over DP x CP and divided by the global count in finalize.
+
+    The schedules read from the configuration what they call, as megatron-core's own trainer sets it.
+    """
+    settings = ddp_settings(policy)
+    chunks = [
+        DistributedDataParallel(
+            config=config,
+            ddp_config=DistributedDataParallelConfig(**settings),
+            module=model,
+            disable_bucketing=number
+            > 0,  # with overlap only the first chunk's communication is on the critical path
+        )
+        for number, model in enumerate(models)
+    ]
     config.finalize_model_grads_func = gradients.finalize
-    config.no_sync_func = wrapped.no_sync
-    return wrapped
+    config.no_sync_func = _one_or_all([chunk.no_sync for chunk in chunks])
+    if settings["align_param_gather"]:
+        config.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in chunks])
+    if (
+        settings["overlap_grad_reduce"] and len(chunks) > 1
+    ):  # all stages then start a chunk's reduction together
+        config.grad_sync_func = _one_or_all([chunk.start_grad_sync for chunk in chunks])
+    return chunks
+
+
+def _one_or_all(functions: list[Callable]) -> Any:
+    """megatron-core takes a list from the interleaved schedule alone."""
+    return functions if len(functions) > 1 else functions[0]
 
 
 def clip_gradients(optimizer: MegatronOptimizer, clip_grad: float) -> float:
@@ -53,7 +76,11 @@ def clip_gradients(optimizer: MegatronOptimizer, clip_grad: float) -> float:
 
 
 def build_optimizer(
-    model: DistributedDataParallel, policy: PolicyConfig, settings: OptimizerConfig, *, total_steps: int
+    chunks: list[DistributedDataParallel],
+    policy: PolicyConfig,
+    settings: OptimizerConfig,
+    *,
+    total_steps: int,
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """AdamW with fp32 master weights, and its schedule in steps (rollouts), of which step 0 is the first to count."""
     is_bf16 = policy.precision != "fp32"
@@ -66,10 +93,10 @@ def build_optimizer(
             adam_beta2=settings.beta2,
             bf16=is_bf16,
             params_dtype=torch.bfloat16 if is_bf16 else torch.float32,
-            use_distributed_optimizer=policy.distributed_optimizer,
             clip_grad=settings.clip_grad,
+            **optimizer_settings(policy),
         ),
-        [model],
+        list(chunks),
     )
     is_cosine = settings.lr_schedule == "cosine"
     scheduler = OptimizerParamScheduler(

@@ -23,6 +23,7 @@ class ParallelLayout:
 
     tensor_parallel: int
     pipeline_parallel: int
+    virtual_stages: int  # model chunks of this rank
     context_parallel: int
     context_parallel_rank: int
     data_parallel: int
@@ -34,6 +35,11 @@ class ParallelLayout:
     expert_group: dist.ProcessGroup  # its ranks hold other experts of the same layers
     expert_tensor_group: dist.ProcessGroup  # its ranks hold parts of the same experts
     is_last_stage: bool
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """An update has a multiple of it micro-batches: megatron-core's interleaved schedule runs them in such groups."""
+        return self.pipeline_parallel if self.virtual_stages > 1 else 1
 
     @property
     def reports_metrics(self) -> bool:
@@ -51,6 +57,7 @@ def initialize_parallel(policy: PolicyConfig, *, seed: int) -> ParallelLayout:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=policy.tensor_parallel,
         pipeline_model_parallel_size=policy.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=options.virtual_stages if options.virtual_stages > 1 else None,
         context_parallel_size=policy.context_parallel,
         expert_model_parallel_size=options.expert_parallel,
         expert_tensor_parallel_size=options.expert_tensor_parallel,
@@ -68,6 +75,7 @@ def initialize_parallel(policy: PolicyConfig, *, seed: int) -> ParallelLayout:
     return ParallelLayout(
         tensor_parallel=policy.tensor_parallel,
         pipeline_parallel=policy.pipeline_parallel,
+        virtual_stages=options.virtual_stages,
         context_parallel=policy.context_parallel,
         context_parallel_rank=parallel_state.get_context_parallel_rank(),
         data_parallel=parallel_state.get_data_parallel_world_size(),
@@ -106,10 +114,28 @@ def check_model_sizes(hf_config: Any, policy: PolicyConfig) -> None:
                 f"policy.tensor_parallel={tp} must divide the checkpoint's {name}={size}. "
                 f"Use one of {_divisors(size, limit=8)}."
             )
-    if hf_config.num_hidden_layers % pp:
+    _check_stages(hf_config.num_hidden_layers, pp, options_of_policy(policy).virtual_stages)
+
+
+def _check_stages(layers: int, stages: int, virtual: int) -> None:
+    """Every chunk of every stage holds the same number of layers, at least one."""
+    pieces = f"policy.pipeline_parallel={stages}"
+    if virtual > 1:
+        pieces += f" x policy.options.virtual_stages={virtual} = {stages * virtual}"
+    if stages * virtual > layers:
         raise ConfigError(
-            f"policy.pipeline_parallel={pp} must divide the checkpoint's num_hidden_layers="
-            f"{hf_config.num_hidden_layers}. Use one of {_divisors(hf_config.num_hidden_layers, limit=8)}."
+            f"{pieces} exceeds the checkpoint's num_hidden_layers={layers}: a stage would have no layer. "
+            f"Use at most {layers} in all, a divisor of {layers}."
+        )
+    if layers % stages:
+        raise ConfigError(
+            f"policy.pipeline_parallel={stages} must divide the checkpoint's num_hidden_layers={layers}. "
+            f"Use one of {_divisors(layers, limit=8)}."
+        )
+    if layers % (stages * virtual):
+        raise ConfigError(
+            f"{pieces} must divide the checkpoint's num_hidden_layers={layers}. Use virtual_stages of "
+            f"{_divisors(layers // stages, limit=layers // stages)}."
         )
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_fec.policy.step import Policy, token_statistics, unwrapped
+from megatron_fec.policy.step import Policy, cores, gather_weights, token_statistics
 from megatron_fec.types import MicroBatch
 
 
@@ -50,10 +50,15 @@ class ReferencePolicy:
 
 
 def _on_host(policy: Policy) -> list[Tensor]:
-    return [parameter.detach().to("cpu", copy=True) for parameter in unwrapped(policy.model).parameters()]
+    gather_weights(policy)
+    return [parameter.detach().to("cpu", copy=True) for parameter in _parameters(policy)]
 
 
 @torch.no_grad()
 def _copy_in(policy: Policy, weights: Sequence[Tensor]) -> None:
-    for parameter, weight in zip(unwrapped(policy.model).parameters(), weights, strict=True):
+    for parameter, weight in zip(_parameters(policy), weights, strict=True):
         parameter.copy_(weight)
+
+
+def _parameters(policy: Policy) -> list[torch.nn.Parameter]:
+    return [parameter for core in cores(policy) for parameter in core.parameters()]

@@ -70,9 +70,9 @@ def index_type(num_experts: int) -> torch.dtype:
     return torch.uint8 if num_experts <= 256 else torch.int16
 
 
-def attach_tapes(model: torch.nn.Module) -> list[RoutingTape]:
-    """One for each router of this rank, in the order of its layers."""
-    routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
+def attach_tapes(models: Sequence[torch.nn.Module]) -> list[RoutingTape]:
+    """One for each router of this rank's model chunks, in the order of its layers."""
+    routers = [module for model in models for module in model.modules() if isinstance(module, TopKRouter)]
     tapes = [RoutingTape() for _ in routers]
     for router, tape in zip(routers, tapes, strict=True):
         router.router_replay = tape  # type: ignore[assignment]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_fec.policy.device import device
 from megatron_fec.policy.parallel import ParallelLayout
-from megatron_fec.policy.step import Policy, unwrapped
+from megatron_fec.policy.step import Policy, cores, gather_weights
 
 try:  # megatron-core 0.19 asks this process-wide flag whether it infers, 0.16 looks at the forward's arguments
     from megatron.core.inference.utils import InferenceMode  # type: ignore[attr-defined]
@@ -78,7 +78,7 @@ def sample_responses(
                 responses[i] = response
         while _some_rank_goes_on(policy.layout, is_working=False):
             nothing = torch.zeros(1, 1, dtype=torch.int64, device=device())
-            _next_logits(unwrapped(policy.model), policy.layout, StaticInferenceContext(1, 1), nothing)
+            _next_logits(cores(policy), policy.layout, StaticInferenceContext(1, 1), nothing)
     return [ids for ids, _ in responses], [logprobs for _, logprobs in responses]
 
 
@@ -105,7 +105,7 @@ def _decode_chunk(
     One prefill up to the shortest prompt's end, then one position a step. A row whose prompt goes on takes its next
     token from the prompt; a finished row is carried along until all are.
     """
-    model, layout = unwrapped(policy.model), policy.layout
+    models, layout = cores(policy), policy.layout
     uniforms = uniforms.to(device(), torch.float64)
     num_rows, max_response_tokens = uniforms.shape
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device())
@@ -118,7 +118,7 @@ def _decode_chunk(
     context = StaticInferenceContext(num_rows, total)
     for t in range(first, total):
         _some_rank_goes_on(layout, is_working=True)
-        logits = _next_logits(model, layout, context, tokens[:, context.sequence_len_offset : t])
+        logits = _next_logits(models, layout, context, tokens[:, context.sequence_len_offset : t])
         column = (t - lengths).clamp(0, max_response_tokens - 1)[:, None]
         drawn = None if logits is None else draw(logits, uniforms.gather(1, column))
         chosen, logprob = _agreed(drawn, num_rows, layout)
@@ -145,31 +145,37 @@ def _some_rank_goes_on(layout: ParallelLayout, *, is_working: bool) -> bool:
 
 
 def _next_logits(
-    model: Any, layout: ParallelLayout, context: StaticInferenceContext, tokens: Tensor
+    models: Sequence[Any], layout: ParallelLayout, context: StaticInferenceContext, tokens: Tensor
 ) -> Tensor | None:
     """[N, V] logits after tokens [N, S], which follow those in the KV cache; None off the last stage.
 
-    The hidden states [S, N, hidden] go from stage to stage, each of which extends its own part of the KV cache.
+    The hidden states [S, N, hidden] go from stage to stage, once for each chunk of a stage; each layer extends its own
+    part of the KV cache.
     """
     num_rows, length = tokens.shape
-    stage, group = dist.get_rank(layout.pipeline_group), layout.pipeline_group
-    if stage > 0:
-        config = model.config
-        hidden = torch.empty(length, num_rows, config.hidden_size, dtype=config.params_dtype, device=device())
-        dist.recv(hidden, group=group, group_src=stage - 1)
-        model.set_input_tensor(hidden)
-    output = model(
-        input_ids=tokens,
-        position_ids=None,  # RoPE takes them from the context
-        attention_mask=None,
-        inference_context=context,
-        runtime_gather_output=True,
-    )
+    stages, stage = layout.pipeline_parallel, dist.get_rank(layout.pipeline_group)
+    group, logits = layout.pipeline_group, None
+    for number, model in enumerate(models):
+        if number or stage:
+            config = model.config
+            hidden = torch.empty(
+                length, num_rows, config.hidden_size, dtype=config.params_dtype, device=device()
+            )
+            dist.recv(hidden, group=group, group_src=(stage - 1) % stages)
+            model.set_input_tensor(hidden)
+        output = model(
+            input_ids=tokens,
+            position_ids=None,  # RoPE takes them from the context
+            attention_mask=None,
+            inference_context=context,
+            runtime_gather_output=True,
+        )
+        if layout.is_last_stage and number == len(models) - 1:
+            logits = output[:, -1, : model.true_vocab_size]
+        else:
+            dist.send(output.contiguous(), group=group, group_dst=(stage + 1) % stages)
     context.increment_sequence_len_offset(length)
-    if not layout.is_last_stage:
-        dist.send(output.contiguous(), group=group, group_dst=stage + 1)
-        return None
-    return output[:, -1, : model.true_vocab_size]
+    return logits
 
 
 def truncated(logits: Tensor, *, top_p: float = 1.0, top_k: int = 0) -> Tensor:
@@ -228,16 +234,17 @@ def _agreed(
 @contextmanager
 def _ready_to_infer(policy: Policy) -> Iterator[None]:
     """Eval mode without sequence and context parallelism; afterwards all is as it was."""
-    model, was_training = unwrapped(policy.model), policy.model.training
-    policy.model.eval()
-    switched_off = _switch_off_splits(model)
+    gather_weights(policy)
+    was_training = policy.chunks[0].training
+    policy.train(False)
+    switched_off = [switch for core in cores(policy) for switch in _switch_off_splits(core)]
     try:
         with _inference_mode():
             yield
     finally:
         for owner, name, value in switched_off:
             setattr(owner, name, value)
-        policy.model.train(was_training)
+        policy.train(was_training)
 
 
 def _switch_off_splits(model: torch.nn.Module) -> list[tuple[Any, str, Any]]:

@@ -20,11 +20,14 @@ from megatron_fec.config import OptimizerConfig, PolicyConfig
 from megatron_fec.metrics import MetricSums
 from megatron_fec.policy.device import device
 from megatron_fec.policy.expert_weights import GroupedNames
+from megatron_fec.policy.layer_spec import HAS_TRANSFORMER_ENGINE
+from megatron_fec.policy.layout_settings import check_devices
 from megatron_fec.policy.model import PolicyModel, build_bridge, build_model, forward, load_hf_config
 from megatron_fec.policy.nonfinite import GRADIENTS, LOGPROBS, LOSS, NORM, GradientWatch, check_finite
 from megatron_fec.policy.optimizer import build_optimizer, clip_gradients, wrap_ddp
 from megatron_fec.policy.parallel import ParallelLayout, check_model_sizes
 from megatron_fec.policy.routing import RoutingTape, attach_tapes, routing
+from megatron_fec.policy.tensor_overlap import initialize_tp_overlap
 from megatron_fec.policy_options import options_of_policy
 from megatron_fec.types import LossOutput, MicroBatch, TokenStats
 
@@ -35,7 +38,9 @@ TokenLoss = Callable[[TokenStats, MicroBatch], LossOutput]
 class Policy:
     """The model, its optimizer and what is needed to run them; every rank holds one."""
 
-    model: DistributedDataParallel
+    chunks: list[
+        DistributedDataParallel
+    ]  # this rank's parts of the model, virtual stages in order; one without them
     bridge: LLMBridge
     layout: ParallelLayout
     optimizer: MegatronOptimizer
@@ -43,6 +48,11 @@ class Policy:
     clip_grad: float
     gradients: GradientWatch
     tapes: list[RoutingTape]  # of the routers, where policy.options.router=replay
+
+    def train(self, mode: bool = True) -> None:
+        """Train or eval mode of all chunks, as torch.nn.Module.train."""
+        for chunk in self.chunks:
+            chunk.train(mode)
 
 
 def build_policy(
@@ -58,27 +68,33 @@ def build_policy(
     """The policy of a Hugging Face checkpoint on this layout, weights loaded, ready to train."""
     hf_config = load_hf_config(model_path)
     check_model_sizes(hf_config, policy)
+    check_devices(policy, has_gpu=torch.cuda.is_available(), has_transformer_engine=HAS_TRANSFORMER_ENGINE)
     bridge = build_bridge(hf_config, policy)
-    model, megatron_config = build_model(
-        bridge,
-        layout,
-        temperature=temperature,
-        vocab_size=vocab_size,
-        logits_chunk_tokens=policy.logits_chunk_tokens,
-    )
-    bridge.load_weights([GroupedNames(unwrapped(model))], model_path)  # type: ignore[list-item]
-    gradients = GradientWatch()
-    wrapped = wrap_ddp(model, megatron_config, policy, gradients)
-    built, scheduler = build_optimizer(wrapped, policy, optimizer, total_steps=total_steps)
+    initialize_tp_overlap(policy, hidden_size=hf_config.hidden_size)
+    models = [
+        build_model(
+            bridge,
+            layout,
+            temperature=temperature,
+            vocab_size=vocab_size,
+            logits_chunk_tokens=policy.logits_chunk_tokens,
+            virtual_stage=virtual_stage,
+        )
+        for virtual_stage in range(layout.virtual_stages)
+    ]
+    bridge.load_weights([GroupedNames(unwrapped(model)) for model in models], model_path)  # type: ignore[list-item]
+    gradients = GradientWatch(is_reduced=options_of_policy(policy).overlap)
+    chunks = wrap_ddp(models, bridge.config, policy, gradients)
+    built, scheduler = build_optimizer(chunks, policy, optimizer, total_steps=total_steps)
     return Policy(
-        model=wrapped,
+        chunks=chunks,
         bridge=bridge,
         layout=layout,
         optimizer=built,
         scheduler=scheduler,
         clip_grad=optimizer.clip_grad,
         gradients=gradients,
-        tapes=attach_tapes(model) if options_of_policy(policy).router == "replay" else [],
+        tapes=attach_tapes(models) if options_of_policy(policy).router == "replay" else [],
     )
 
 
@@ -106,7 +122,7 @@ def compute_logprobs(
         sums += [_on_policy_sums(mb, s) for mb, s in pairs if s is not None]
         for mb, s in pairs:
             is_finite &= s is None or _finite_logprobs(mb, s)
-    check_finite(policy.model, policy.layout, {LOGPROBS: is_finite})
+    check_finite(policy.chunks, policy.layout, {LOGPROBS: is_finite})
     return filled, reduce_metrics(sums, policy.layout)
 
 
@@ -118,14 +134,15 @@ def token_statistics(
     Tokens are routed as MicroBatch.routing says, if it is filled. With record_routing they are routed by the current
     weights, and the micro-batches come back with it where router=replay.
     """
-    policy.model.eval()
-    _core(policy).second_moments = second_moments
+    policy.train(False)
+    for core in cores(policy):
+        core.second_moments = second_moments
     micro_batches = [_on_device(micro_batch) for micro_batch in update]
     with routing(policy.tapes, micro_batches, record=record_routing) as kept:
         stats = _run(policy, micro_batches, _keep_stats, forward_only=True)
     if kept:
         micro_batches = [replace(mb, routing=own) for mb, own in zip(micro_batches, kept, strict=True)]
-    policy.model.train()
+    policy.train()
     return list(zip(micro_batches, stats or [None] * len(micro_batches), strict=True))
 
 
@@ -138,9 +155,11 @@ def train_update(
     A log-prob, loss or gradient that is not finite raises NonFiniteError on every rank before the optimizer moves.
     """
     micro_batches = [_on_device(micro_batch) for micro_batch in micro_batches]
-    policy.model.train()
-    _core(policy).second_moments = True  # of the metrics; the same collective carries them
-    policy.model.zero_grad_buffer()
+    policy.train()
+    for core in cores(policy):
+        core.second_moments = True  # of the metrics; the same collective carries them
+    for chunk in policy.chunks:
+        chunk.zero_grad_buffer()
     policy.optimizer.zero_grad()
     with routing(policy.tapes, micro_batches):
         results = _run(policy, micro_batches, partial(_loss, token_loss), forward_only=False)
@@ -153,7 +172,7 @@ def train_update(
         GRADIENTS: policy.gradients.is_finite,
         NORM: math.isfinite(grad_norm),
     }
-    check_finite(policy.model, policy.layout, is_finite)
+    check_finite(policy.chunks, policy.layout, is_finite)
     policy.optimizer.step_with_ready_grads()
     return [metrics for metrics, _ in results], grad_norm
 
@@ -177,10 +196,22 @@ def reduce_metrics(sums: Sequence[MetricSums], layout: ParallelLayout) -> Metric
     return box[0]
 
 
-def _core(policy: Policy) -> PolicyModel:
-    core = unwrapped(policy.model)
-    assert isinstance(core, PolicyModel)
-    return core
+def cores(policy: Policy) -> list[PolicyModel]:
+    """The GPTModel of each chunk."""
+    models = [unwrapped(chunk) for chunk in policy.chunks]
+    assert all(isinstance(model, PolicyModel) for model in models)
+    return models  # type: ignore[return-value]
+
+
+def gather_weights(policy: Policy) -> None:
+    """Makes this rank's weights whole: call it before they are read other than by a forward pass.
+
+    With policy.options.overlap an update leaves each rank of the distributed optimizer with its own shard of the new
+    weights; the next forward gathers the others layer by layer. Collective over the data-parallel ranks; free otherwise.
+    """
+    for chunk in policy.chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
@@ -199,11 +230,12 @@ def _run(policy: Policy, micro_batches: Sequence[MicroBatch], use: Callable, *, 
 
     lengths = {micro_batch.tokens.numel() for micro_batch in micro_batches}
     assert len(lengths) == 1, "the pipeline schedule sends tensors of one length"
+    assert len(micro_batches) % policy.layout.micro_batch_multiple == 0, "see PackLayout.micro_batch_multiple"
     with torch.set_grad_enabled(not forward_only):
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(micro_batches),
-            model=[policy.model],
+            data_iterator=[iter(micro_batches) for _ in policy.chunks],
+            model=list(policy.chunks),
             num_microbatches=len(micro_batches),
             seq_length=lengths.pop() * policy.layout.context_parallel,  # megatron divides it again
             micro_batch_size=1,

@@ -28,6 +28,12 @@ class PackLayout:
     multiple: int  # a rank's tokens are a multiple of it (tensor ranks under sequence parallelism)
     context_parallel_rank: int = 0
     context_parallel_size: int = 1
+    micro_batch_multiple: int = (
+        1  # an update has a multiple of it micro-batches, empty ones if there is no other way
+    )
+    is_full_length: bool = (
+        False  # every micro-batch is padded to micro_batch_tokens: all have one length in all updates
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,8 +121,15 @@ def pack_demonstrations(
 def _pack_update(sequences: Sequence[_Sequence], layout: PackLayout) -> list[MicroBatch]:
     """This rank's micro-batches of one update."""
     lengths = [_padded_length(sequence, layout) for sequence in sequences]
-    plan = _plan(lengths, ranks=layout.data_parallel_size, budget=layout.micro_batch_tokens)
+    plan = _plan(
+        lengths,
+        ranks=layout.data_parallel_size,
+        budget=layout.micro_batch_tokens,
+        multiple=layout.micro_batch_multiple,
+    )
     longest = max(sum(lengths[i] for i in chosen) for bins in plan for chosen in bins)
+    if layout.is_full_length:
+        longest = layout.micro_batch_tokens
     size = layout.context_parallel_size
     update_lengths = torch.tensor([len(sequence.response_ids) for sequence in sequences])
     total = _round_up(max(1, longest), math.lcm(size * layout.multiple, sequence_multiple(size)))
@@ -149,16 +162,17 @@ def _padded_length(sequence: _Sequence, layout: PackLayout) -> int:
     return length
 
 
-def _plan(lengths: Sequence[int], *, ranks: int, budget: int) -> list[list[list[int]]]:
+def _plan(lengths: Sequence[int], *, ranks: int, budget: int, multiple: int) -> list[list[list[int]]]:
     """Indices of sequences, [rank][micro-batch]: tokens balanced over ranks, then over the fewest micro-batches that
-    fit the budget on every rank.
+    fit the budget on every rank, a multiple of `multiple`.
 
     Two ranks differ by at most the longest sequence. A rank with few sequences may get empty micro-batches.
     """
     assignment = _balance(range(len(lengths)), lengths, num_bins=ranks)
     count = max(1, *(-(-sum(lengths[i] for i in chosen) // budget) for chosen in assignment))
     while True:  # ends: with as many bins as sequences each is alone, and fits
-        plan = [_balance(chosen, lengths, num_bins=count) for chosen in assignment]
+        bins_of_a_rank = _round_up(count, multiple)
+        plan = [_balance(chosen, lengths, num_bins=bins_of_a_rank) for chosen in assignment]
         if all(sum(lengths[i] for i in chosen) <= budget for bins in plan for chosen in bins):
             return plan
         count += 1
