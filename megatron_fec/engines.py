@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from megatron_fec.policy.device import device
+from megatron_fec.policy.precision_check import in_bf16
 from megatron_fec.policy.sampling import sample_responses
 from megatron_fec.policy.step import Policy
 from megatron_fec.rollout.engine import Engine, true_vocab_size
@@ -28,13 +29,19 @@ INDEX_FILE = "model.safetensors.index.json"
 def native_engine(policy: Policy, tokenizer: Any) -> Engine:
     """The policy itself samples."""
     return NativeEngine(
-        sample=partial(sample_responses, policy),
+        sample=partial(_sample_in_bf16, policy),
         tokenizer=tokenizer,
         # Context ranks sample prompts of their own: a decoded position cannot be split over them.
         data_parallel_rank=dist.get_rank(policy.layout.data_group),
         data_parallel_size=dist.get_world_size(policy.layout.data_group),
         is_leader=policy.layout.reports_metrics,
     )
+
+
+def _sample_in_bf16(policy: Policy, *args: Any, **kwargs: Any) -> tuple[list[list[int]], list[list[float]]]:
+    """sample_responses; a decoded position has too few rows for products in FP8."""
+    with in_bf16(policy):
+        return sample_responses(policy, *args, **kwargs)
 
 
 def vllm_engine(
@@ -46,6 +53,7 @@ def vllm_engine(
     max_model_len: int,
     gpu_memory_utilization: float,
     seed_per_request: bool,
+    is_fp8: bool = False,
 ) -> Engine:
     """vLLM with the architecture of model_dir; its weights come with the first refit."""
     # Imported only here: vLLM is an optional extra, and importing it takes seconds.
@@ -59,6 +67,7 @@ def vllm_engine(
         max_model_len=max_model_len,
         gpu_memory_utilization=gpu_memory_utilization,
         seed_per_request=seed_per_request,
+        is_fp8=is_fp8,
     )
 
 

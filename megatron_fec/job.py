@@ -19,11 +19,13 @@ from megatron_fec.engines import native_engine, server_engine, vllm_engine
 from megatron_fec.policy.checkpoint import TrainerState
 from megatron_fec.policy.checkpoint_files import set_aside
 from megatron_fec.policy.device import device, release_cached_memory
+from megatron_fec.policy.kernels import kernel_lines
 from megatron_fec.policy.parallel import ParallelLayout, initialize_parallel
 from megatron_fec.policy.reference import ReferencePolicy
 from megatron_fec.policy.step import Policy, build_policy
 from megatron_fec.policy.weights import export_hf
 from megatron_fec.policy_options import options_of_policy
+from megatron_fec.precision_rules import token_multiple
 from megatron_fec.preflight import ENGINES_DIR, Inputs, prepare_inputs
 from megatron_fec.report import write_report
 from megatron_fec.rollout.engine import Engine, true_vocab_size
@@ -94,6 +96,7 @@ def _build_trainer(
     if config.warm_start.steps and (inputs.checkpoint is None or needs_reference(config.algorithm)):
         inputs = replace(inputs, model_dir=_warm_started(config, inputs, layout, log, stop))
     policy = _policy(config, inputs, config.optimizer, layout, total_steps=config.trainer.max_steps)
+    log.note("\n".join(kernel_lines(config.policy, policy.bridge.config, policy.optimizer)))
     state = TrainerState(step=0, consumed_samples=0, weight_version=0, schedule={})
     return Trainer(
         config=config,
@@ -169,6 +172,7 @@ def _engine(config: Config, inputs: Inputs, policy: Policy, log: RunLog) -> Engi
         max_model_len=rollout.max_prompt_tokens + rollout.max_response_tokens,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         seed_per_request=rollout.seed_per_request,
+        is_fp8=rollout.precision == "fp8",
     )
 
 
@@ -177,7 +181,7 @@ def _pack_layout(config: Config, layout: ParallelLayout) -> PackLayout:
         data_parallel_rank=layout.data_parallel_rank,
         data_parallel_size=layout.data_parallel,
         micro_batch_tokens=config.policy.micro_batch_tokens,
-        multiple=config.policy.tensor_parallel if config.policy.sequence_parallel else 1,
+        multiple=token_multiple(config.policy),
         context_parallel_rank=layout.context_parallel_rank,
         context_parallel_size=layout.context_parallel,
         micro_batch_multiple=layout.micro_batch_multiple,

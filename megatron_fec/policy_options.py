@@ -62,6 +62,9 @@ def check_policy(policy: PolicyConfig) -> None:
     if policy.sequence_parallel and policy.tensor_parallel == 1:
         raise ConfigError("policy.sequence_parallel=true needs policy.tensor_parallel > 1. Set it to false.")
     _check_layout(policy, options_of_policy(policy))
+    from megatron_fec.precision_rules import check_precision  # takes this module
+
+    check_precision(policy)
 
 
 def _check_layout(policy: PolicyConfig, options: PolicyOptions) -> None:

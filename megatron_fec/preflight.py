@@ -13,16 +13,19 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
+from megatron_fec.algorithm.strategies import needs_reference
 from megatron_fec.config import Config, ConfigError, ModelConfig
 from megatron_fec.hub import hub_model
 from megatron_fec.policy.checkpoint import TrainerState, read_trainer_state
 from megatron_fec.policy.checkpoint_files import find_checkpoints, newest_whole
+from megatron_fec.policy.kernels import Installed, check_kernels
 from megatron_fec.policy.layer_spec import HAS_TRANSFORMER_ENGINE
 from megatron_fec.policy.layout_settings import check_devices
 from megatron_fec.policy.model import load_hf_config
 from megatron_fec.policy.parallel import check_model_sizes
 from megatron_fec.policy.tiny_model import save_tiny_model
 from megatron_fec.policy_options import options_of_policy
+from megatron_fec.precision_rules import check_rollout_gpu
 from megatron_fec.rollout.engine import true_vocab_size, vllm_is_available
 from megatron_fec.rollout.engine_folder import FolderError, read_addresses, read_key
 from megatron_fec.tasks.arithmetic import VOCABULARY
@@ -82,6 +85,8 @@ def _check_start(config: Config, run_dir: Path, data_parallel: int) -> None:
     check_devices(
         config.policy, has_gpu=torch.cuda.is_available(), has_transformer_engine=HAS_TRANSFORMER_ENGINE
     )
+    check_kernels(config.policy)
+    check_reference(config)
     _check_engine(config)
     check_batch(config, data_parallel)
     check_writable(run_dir, setting="trainer.run_dir")
@@ -106,12 +111,24 @@ def _read_inputs(config: Config, run_dir: Path, model_dir: Path) -> Inputs:
 
 def _check_engine(config: Config) -> None:
     if config.rollout.engine == "vllm":
+        check_rollout_gpu(
+            config.rollout.precision, config.policy.precision, capability=Installed.here().capability
+        )
         check_vllm(config.rollout.tensor_parallel)
     if config.rollout.engine == "servers":
         check_servers(Path(config.trainer.run_dir) / ENGINES_DIR)
     if config.trainer.wandb != "off" and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             f"trainer.wandb={config.trainer.wandb} needs the wandb package. Install it or set trainer.wandb=off."
+        )
+
+
+def check_reference(config: Config) -> None:
+    """A reference policy exchanges the weights in place, which FP8 ones would round twice."""
+    if options_of_policy(config.policy).fp8_params and needs_reference(config.algorithm):
+        raise ConfigError(
+            f"policy.options.fp8_params=true does not go with algorithm.policy_loss={config.algorithm.policy_loss}, whose "
+            "reference policy takes the place of the weights. Set fp8_params to false."
         )
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 def check_servers(rollout: RolloutConfig) -> None:
     """Raises ConfigError naming setting, value, rule and remedy of the first broken rule."""
+    check_rollout_precision(rollout)
     if rollout.max_lag not in (0, 1):
         raise ConfigError(f"rollout.max_lag={rollout.max_lag} must be 0 or 1.")
     if rollout.max_lag and rollout.engine != "servers":
@@ -23,6 +24,15 @@ def check_servers(rollout: RolloutConfig) -> None:
         raise ConfigError(
             "rollout.seed_per_request=false does not go with rollout.engine=servers: a prompt that is sent again must get "
             "the same samples. Set it to true."
+        )
+
+
+def check_rollout_precision(rollout: RolloutConfig) -> None:
+    """Raises ConfigError where the engine cannot quantize; preflight.py asks about the GPU."""
+    if rollout.precision == "fp8" and rollout.engine == "native":
+        raise ConfigError(
+            "rollout.precision=fp8 is vLLM's, and rollout.engine=native samples with the policy itself. Set "
+            "rollout.precision=policy, or rollout.engine=vllm."
         )
 
 

@@ -14,12 +14,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_fec.config import Config, ConfigError, load_config
 from megatron_fec.hub import hub_model
 from megatron_fec.policy.tiny_model import save_tiny_model
+from megatron_fec.precision_rules import check_rollout_gpu
 from megatron_fec.rollout.engine import true_vocab_size, vllm_is_available
 from megatron_fec.rollout.engine_folder import EngineAddress, FolderError, key_id, make_key, write_address
 from megatron_fec.rollout.server import RolloutServer, ServedEngine
@@ -116,12 +118,15 @@ def _engine(config: Config, run_dir: Path, address: str) -> ServedEngine:
         raise ConfigError(
             "launch/serve.py needs vLLM, which is not installed. Install the extra rollout-cpu or gpu."
         )
+    rollout = config.rollout
+    if rollout.precision == "fp8":
+        capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+        check_rollout_gpu(rollout.precision, config.policy.precision, capability=capability)
     model_dir = _model_dir(config, run_dir)
     tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
     # Imported only here: vLLM is an optional extra, and importing it takes seconds.
     from megatron_fec.rollout.vllm_server import ServedVllm
 
-    rollout = config.rollout
     return ServedVllm(
         model_dir=str(model_dir),
         vocab_size=true_vocab_size(tokenizer),
@@ -129,6 +134,7 @@ def _engine(config: Config, run_dir: Path, address: str) -> ServedEngine:
         tensor_parallel=rollout.tensor_parallel,
         max_model_len=rollout.max_prompt_tokens + rollout.max_response_tokens,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
+        is_fp8=rollout.precision == "fp8",
         bind=address,
     )
 

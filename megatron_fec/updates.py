@@ -15,7 +15,9 @@ from megatron_fec.errors import RunError
 from megatron_fec.marks import mark_update
 from megatron_fec.metrics import MetricSums
 from megatron_fec.policy.nonfinite import NonFiniteError
+from megatron_fec.policy.precision_check import METRICS, PrecisionCheck, start_check
 from megatron_fec.policy.step import Policy, TokenLoss, reduce_metrics, token_statistics, train_update
+from megatron_fec.policy_options import options_of_policy
 from megatron_fec.seeds import derive_seed
 from megatron_fec.step_dump import StepDumps, UpdateRecord
 from megatron_fec.token_loss import policy_token_loss
@@ -51,6 +53,7 @@ class Updates:
             for epoch in range(self.config.algorithm.epochs)
             for index in update_order(len(updates), seed, step, epoch)
         ]
+        check = self._precision_check(updates, step)
         with self.dumps.of_step(step, weights) as dump:
             self.policy.scheduler.step(increment=1)
             for number, (epoch, index) in enumerate(orders):
@@ -68,7 +71,7 @@ class Updates:
                 grad_norms.append(grad_norm)
                 if dump is not None:
                     record.write(dump)
-        return self._metrics(sums, grad_norms)
+        return self._metrics(sums, grad_norms) | self._checked(check, weights, step)
 
     def refuse(self, error: NonFiniteError, updates: Sequence[Sequence[MicroBatch]], step: int) -> RunError:
         """What to raise before any update of a step; all its tokens are dumped, with advantages of 0."""
@@ -138,13 +141,39 @@ class Updates:
             observe=record.see,
         )
 
+    def _precision_check(self, updates: Sequence[Sequence[MicroBatch]], step: int) -> PrecisionCheck | None:
+        """The comparison of FP8 with bf16, when it is due."""
+        every = options_of_policy(self.config.policy).fp8_check_every
+        if not every or step % every:
+            return None
+        return start_check(
+            self.policy, updates, draw=derive_seed(self.config.trainer.seed, "fp8_check", step)
+        )
+
+    def _checked(self, check: PrecisionCheck | None, weights: BlendWeights, step: int) -> dict[str, float]:
+        if check is None:
+            return {}
+        metrics = check.finish(weights, lines=threshold_lines(self.config.algorithm.thresholds))
+        flipped = metrics[f"{METRICS}flipped"]
+        limit = options_of_policy(self.config.policy).fp8_flip_limit
+        if not flipped <= limit:
+            raise RunError(
+                f"step {step}: {self.config.policy.precision} clips {flipped:.3g} of the sampled response tokens "
+                f"otherwise than bf16 does, more than policy.options.fp8_flip_limit={limit}. Keep layers in bf16 "
+                "(policy.options.fp8_bf16_layers_at_start, _at_end), use policy.precision=bf16, or raise the limit."
+            )
+        return metrics
+
     def _check_first(self, sums: Sequence[MetricSums]) -> None:
         if self.is_first:
             self.is_first = False
             distance = reduce_metrics(sums, self.policy.layout).means()["log_ratio_abs"]
-            if not distance <= KERNEL_NOISE:
+            # The scales of delayed scaling move with every micro-batch that trains.
+            moves = self.config.policy.precision == "fp8_delayed"
+            limit = self.config.rollout.mismatch_limit if moves else KERNEL_NOISE
+            if not distance <= limit:
                 raise RunError(
-                    f"the mean |log ratio| of the first update is {distance:.3g}, above {KERNEL_NOISE}: old log-probs "
+                    f"the mean |log ratio| of the first update is {distance:.3g}, above {limit}: old log-probs "
                     "and training do not compute the same function."
                 )
 

@@ -89,4 +89,14 @@ def test_base_alone_is_not_a_run():
 
 
 def test_the_table_names_every_7b_file():
-    assert set(PAPER) == {p.name for p in CONFIGS.glob("*7b_*.yaml")}
+    ours = {"qwen7b_id_fp8.yaml"}  # not the paper's
+    assert set(PAPER) | ours == {p.name for p in CONFIGS.glob("*7b_*.yaml")}
+
+
+def test_the_fp8_run_is_the_papers_id_run_but_for_its_precision():
+    fp8, paper = load_config(CONFIGS / "qwen7b_id_fp8.yaml"), load_config(CONFIGS / "qwen7b_id.yaml")
+    assert (fp8.policy.precision, fp8.rollout.precision) == ("fp8_blockwise", "policy")
+    assert fp8.policy.options | paper.policy.options == fp8.policy.options  # nothing of it is lost
+    fp8.policy.precision, fp8.policy.options = paper.policy.precision, paper.policy.options
+    fp8.trainer.run_dir = paper.trainer.run_dir
+    assert fp8 == paper

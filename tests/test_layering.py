@@ -21,6 +21,7 @@ FLOORS = {  # first part of the name below megatron_fec
     "context_split": 0,
     "server_config": 0,
     "policy_options": 0,
+    "precision_rules": 0,
     "algorithm": 0,
     "vocab_parallel": 1,
     "policy": 2,

@@ -29,7 +29,7 @@ from torch import Tensor
 from megatron_fec.config import OptimizerConfig
 from megatron_fec.policy.reference import ReferencePolicy
 from megatron_fec.policy.routing import RoutingTape, index_type
-from megatron_fec.policy.step import Policy, compute_logprobs, token_statistics, train_update, unwrapped
+from megatron_fec.policy.step import Policy, compute_logprobs, cores, token_statistics, train_update
 from megatron_fec.types import LossOutput, MicroBatch, TokenStats
 
 TP2 = {"tensor_parallel": 2, "sequence_parallel": True}
@@ -49,8 +49,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("routing"), "qwen3_moe")
 
 
-def routers(policy: Policy) -> list[TopKRouter]:
-    return [module for module in policy.model.modules() if isinstance(module, TopKRouter)]
+def routers(policy: Policy) -> list[Any]:
+    return [module for module in cores(policy)[0].modules() if isinstance(module, TopKRouter)]
 
 
 @torch.no_grad()
@@ -256,7 +256,7 @@ def test_the_loss_of_balance_is_off_unless_asked_for(model_dir: Path) -> None:
         torch.testing.assert_close(two[name] - gradient, 2 * added, rtol=1e-4, atol=1e-6)
 
     def job(policy: Policy) -> tuple[str, float]:
-        config: Any = unwrapped(policy.model).config
+        config: Any = cores(policy)[0].config
         return config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
 
     assert on_layout(model_dir, job) == [("none", 0.0)]

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_fec.config import PolicyConfig
+from megatron_fec.policy.kernels import kernel_settings
 from megatron_fec.policy.layout_settings import layout_settings
+from megatron_fec.policy.precision import transformer_precision
 from megatron_fec.policy_options import options_of_policy
 
 
@@ -18,6 +20,8 @@ def megatron_settings(policy: PolicyConfig) -> dict[str, Any]:
         "masked_softmax_fusion": False,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
+        **transformer_precision(policy),
+        **kernel_settings(policy),
     }
     recompute = options_of_policy(policy).recompute
     if recompute == "full":

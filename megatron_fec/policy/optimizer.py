@@ -16,6 +16,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron_fec.config import OptimizerConfig, PolicyConfig
 from megatron_fec.policy.layout_settings import ddp_settings, optimizer_settings
 from megatron_fec.policy.nonfinite import GradientWatch
+from megatron_fec.policy.precision import ddp_precision, optimizer_precision
 
 CONSTANT_STEPS = 2**31  # a decay that never arrives: megatron's constant schedule still asks for its length
 
@@ -34,7 +35,7 @@ def wrap_ddp(
     chunks = [
         DistributedDataParallel(
             config=config,
-            ddp_config=DistributedDataParallelConfig(**settings),
+            ddp_config=DistributedDataParallelConfig(**settings, **ddp_precision(policy)),
             module=model,
             disable_bucketing=number
             > 0,  # with overlap only the first chunk's communication is on the critical path
@@ -95,6 +96,7 @@ def build_optimizer(
             params_dtype=torch.bfloat16 if is_bf16 else torch.float32,
             clip_grad=settings.clip_grad,
             **optimizer_settings(policy),
+            **optimizer_precision(policy),
         ),
         list(chunks),
     )

@@ -13,6 +13,7 @@ from megatron_fec.config import ConfigError, PolicyConfig
 from megatron_fec.policy.device import backend, prepare_device
 from megatron_fec.policy.experts import check_expert_sizes, check_expert_world, num_experts
 from megatron_fec.policy_options import options_of_policy
+from megatron_fec.precision_rules import check_fp8_sizes
 
 COLLECTIVE_DEADLINE = timedelta(minutes=30)  # a rank that waits longer names the collective and stops
 
@@ -115,6 +116,7 @@ def check_model_sizes(hf_config: Any, policy: PolicyConfig) -> None:
                 f"Use one of {_divisors(size, limit=8)}."
             )
     _check_stages(hf_config.num_hidden_layers, pp, options_of_policy(policy).virtual_stages)
+    check_fp8_sizes(hf_config, policy)
 
 
 def _check_stages(layers: int, stages: int, virtual: int) -> None:

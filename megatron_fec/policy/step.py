@@ -20,6 +20,8 @@ from megatron_fec.config import OptimizerConfig, PolicyConfig
 from megatron_fec.metrics import MetricSums
 from megatron_fec.policy.device import device
 from megatron_fec.policy.expert_weights import GroupedNames
+from megatron_fec.policy.fp8_weights import plain_weights
+from megatron_fec.policy.kernels import check_kernels
 from megatron_fec.policy.layer_spec import HAS_TRANSFORMER_ENGINE
 from megatron_fec.policy.layout_settings import check_devices
 from megatron_fec.policy.model import PolicyModel, build_bridge, build_model, forward, load_hf_config
@@ -66,6 +68,7 @@ def build_policy(
     vocab_size: int,
 ) -> Policy:
     """The policy of a Hugging Face checkpoint on this layout, weights loaded, ready to train."""
+    check_kernels(policy)
     hf_config = load_hf_config(model_path)
     check_model_sizes(hf_config, policy)
     check_devices(policy, has_gpu=torch.cuda.is_available(), has_transformer_engine=HAS_TRANSFORMER_ENGINE)
@@ -82,7 +85,8 @@ def build_policy(
         )
         for virtual_stage in range(layout.virtual_stages)
     ]
-    bridge.load_weights([GroupedNames(unwrapped(model)) for model in models], model_path)  # type: ignore[list-item]
+    with plain_weights(torch.nn.ModuleList(models), keep=True):
+        bridge.load_weights([GroupedNames(unwrapped(model)) for model in models], model_path)  # type: ignore[list-item]
     gradients = GradientWatch(is_reduced=options_of_policy(policy).overlap)
     chunks = wrap_ddp(models, bridge.config, policy, gradients)
     built, scheduler = build_optimizer(chunks, policy, optimizer, total_steps=total_steps)

@@ -12,6 +12,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from megatron_fec.policy.expert_weights import GroupedNames, expert_weights
+from megatron_fec.policy.fp8_weights import plain_weights
 from megatron_fec.policy.step import Policy, cores, gather_weights
 
 # Of the checkpoint that training started from; config.json and the weights are written anew.
@@ -31,12 +32,13 @@ def hf_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     """(name, full tensor) of the Hugging Face checkpoint, gathered over all ranks; each must iterate it all."""
     gather_weights(policy)
     models: list[torch.nn.Module] = [*cores(policy)]
-    if policy.bridge.config.num_moe_experts is None:
-        yield from policy.bridge.export_weights(models)
-    else:
-        dense = [GroupedNames(model, has_experts=False) for model in models]
-        yield from policy.bridge.export_weights(dense)  # type: ignore[arg-type]
-        yield from expert_weights(models, policy.layout)
+    with plain_weights(torch.nn.ModuleList(models)):
+        if policy.bridge.config.num_moe_experts is None:
+            yield from policy.bridge.export_weights(models)
+        else:
+            dense = [GroupedNames(model, has_experts=False) for model in models]
+            yield from policy.bridge.export_weights(dense)  # type: ignore[arg-type]
+            yield from expert_weights(models, policy.layout)
 
 
 def export_hf(policy: Policy, source: Path, target: Path) -> None:

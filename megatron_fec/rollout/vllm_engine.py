@@ -44,6 +44,7 @@ class VllmEngine:
         tensor_parallel: int,
         max_model_len: int,  # prompt and response
         gpu_memory_utilization: float,  # unused on CPU
+        is_fp8: bool = False,  # rollout.precision
         seed_per_request: bool,  # the same samples in every layout
     ) -> None:
         check_environment()
@@ -73,6 +74,7 @@ class VllmEngine:
                     max_model_len=max_model_len,
                     gpu_memory_utilization=gpu_memory_utilization,
                     sleeps=True,
+                    is_fp8=is_fp8,
                 ),
             )
 

@@ -19,6 +19,8 @@ from vllm.sampling_params import RequestOutputKind
 from megatron_fec.rollout.engine import Sampling
 from megatron_fec.types import Sample
 
+# Weights are scaled by tensor and activations by token, as they come; `fp8` itself is for checkpoints that are quantized.
+QUANTIZATION = "fp8_per_tensor"
 CPU_SEQUENCES = 128  # decoded at a time
 CPU_BLOCK = 128  # tokens of a KV block of vLLM's CPU backend
 CPU_KV_BYTES = (64 << 20, 1 << 30)  # least and most; without a limit vLLM takes most of the machine's memory
@@ -33,6 +35,7 @@ def llm_arguments(
     max_model_len: int,
     gpu_memory_utilization: float,  # unused on CPU
     sleeps: bool,  # gives its GPU memory to the trainer between calls
+    is_fp8: bool,  # the products of the layers; every refit quantizes anew
 ) -> dict[str, Any]:
     """Arguments of vllm.LLM that decide what is sampled, and what differs between a GPU and a CPU."""
     hf_config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
@@ -42,6 +45,7 @@ def llm_arguments(
         "tensor_parallel_size": tensor_parallel,
         "max_model_len": max_model_len,
         "load_format": "dummy",
+        "quantization": QUANTIZATION if is_fp8 else None,
         "hf_overrides": {"vocab_size": vocab_size},
         "generation_config": "vllm",  # stop at the tokenizer's eos only, no sampling defaults of the checkpoint
         "logprobs_mode": "processed_logprobs",  # at the temperature, as the trainer computes them

@@ -26,6 +26,7 @@ class ServedVllm:
         tensor_parallel: int,
         max_model_len: int,
         gpu_memory_utilization: float,
+        is_fp8: bool = False,  # rollout.precision
         bind: str,  # address of the sockets by which weights come
     ) -> None:
         check_environment()
@@ -46,6 +47,7 @@ class ServedVllm:
                 max_model_len=max_model_len,
                 gpu_memory_utilization=gpu_memory_utilization,
                 sleeps=False,
+                is_fp8=is_fp8,
             ),
         )
 

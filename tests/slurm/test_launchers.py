@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
-TRAINING = ("train_qwen7b.sh", "train_qwen32b.sh", "rollout_and_train.sh")
+TRAINING = ("train_qwen7b.sh", "train_qwen7b_fp8.sh", "train_qwen32b.sh", "rollout_and_train.sh")
 LAUNCHERS = (*TRAINING, "evaluate.sh")
 TRUE = "/bin/true"  # in place of Python, where a test looks at the shell's part alone
 
