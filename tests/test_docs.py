@@ -35,6 +35,7 @@ DOCUMENTS = [
     "docs/slurm.md",
     "docs/doctor.md",
     "docs/parallelism.md",
+    "docs/experts.md",
 ]
 TOP_LEVEL = (
     "configs|docs|launch|megatron_fec|requirements|slurm|tests"  # tracked folders; runs/ is made by running

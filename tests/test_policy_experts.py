@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from native_fixtures import LENGTH, PROMPTS, STOP, TEMPERATURE, uniforms
 from policy_fixtures import (
     Outcome,
     TokenKey,
@@ -44,6 +45,7 @@ from megatron_fec.policy.checkpoint_save import save_checkpoint
 from megatron_fec.policy.expert_weights import GroupedNames
 from megatron_fec.policy.model import load_hf_config
 from megatron_fec.policy.nonfinite import NonFiniteError
+from megatron_fec.policy.sampling import sample_responses
 from megatron_fec.policy.sizes import parameter_count, places, stage_memory, stage_parameters
 from megatron_fec.policy.step import Policy, cores
 from megatron_fec.policy.weights import export_hf
@@ -277,3 +279,34 @@ def test_resuming_changes_no_bit_and_another_layout_goes_on(model_dir: Path, tmp
     for got in on_layout(model_dir, elsewhere, other, data_parallel=2, optimizer=optimizer):
         for pair, expected in zip(got, wanted, strict=True):
             assert pair == pytest.approx(expected, rel=1e-6)
+
+
+@cache
+def sampled(model_dir: Path, data_parallel: int, *layout: tuple[str, Any]) -> list[dict[int, list[int]]]:
+    """Of each rank: the ids by prompt. The second data-parallel rank has one prompt only, and is done long before."""
+
+    def job(policy: Policy) -> dict[int, list[int]]:
+        rank = policy.layout.data_parallel_rank
+        mine = list(range(len(PROMPTS)))[rank :: policy.layout.data_parallel][: 1 if rank else None]
+        ids, _ = sample_responses(
+            policy,
+            [PROMPTS[i] for i in mine],
+            uniforms=uniforms(len(PROMPTS))[mine],
+            stop_id=STOP,
+            temperature=TEMPERATURE,
+        )
+        return dict(zip(mine, ids, strict=True))
+
+    return on_layout(model_dir, job, fp32(**dict(layout)), data_parallel=data_parallel)
+
+
+@pytest.mark.parametrize(
+    ("data_parallel", "chosen"), [(2, PP2 | EP2), (2, TP2 | options(expert_parallel=4)), (1, TP2 | ETP2)]
+)
+def test_ranks_that_share_experts_sample_as_one_does(
+    model_dir: Path, data_parallel: int, chosen: dict[str, Any]
+) -> None:
+    (wanted,) = sampled(model_dir, 1)
+    assert max(map(len, wanted.values())) == LENGTH
+    for responses in sampled.__wrapped__(model_dir, data_parallel, *chosen.items()):
+        assert responses == {number: wanted[number] for number in responses}

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from policy_fixtures import (
     assert_same_weights,
     build,
@@ -26,7 +27,7 @@ from policy_fixtures import (
 
 from megatron_fec.config import PolicyConfig
 from megatron_fec.policy import optimizer as policy_optimizer
-from megatron_fec.policy.checkpoint import TrainerState, load_checkpoint
+from megatron_fec.policy.checkpoint import TrainerState, load_checkpoint, load_model_only
 from megatron_fec.policy.checkpoint_save import save_checkpoint
 from megatron_fec.policy.layout_settings import ddp_settings
 from megatron_fec.policy.nonfinite import NonFiniteError
@@ -50,10 +51,10 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def small_buckets() -> Iterator[None]:
-    """megatron-core's buckets of 40 million elements would hold each of these models in one."""
+    """megatron-core's buckets of 40 million elements would hold each of these models in one; now the head has its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            policy_optimizer, "ddp_settings", lambda policy: {**ddp_settings(policy), "bucket_size": 5000}
+            policy_optimizer, "ddp_settings", lambda policy: {**ddp_settings(policy), "bucket_size": 1000}
         )
         yield
 
@@ -67,7 +68,7 @@ def steps(policy: Policy, count: int) -> list[tuple[float, float]]:
     return [nll_step(policy, batches) for _ in range(count)]
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("layout", ["chunked_head", "virtual"])
 def test_a_run_has_the_same_bits(model_dir: Path, layout: str) -> None:
     """Steps, a log-prob pass, samples, a reference pass and weights, each right after an update."""
 
@@ -80,7 +81,12 @@ def test_a_run_has_the_same_bits(model_dir: Path, layout: str) -> None:
         runs.append(steps(policy, 1))
         found.append(copied_weights(policy))
         runs.append(steps(policy, 1))
-        ids, logprobs = sample_responses(policy, [[1, 2], [3]], uniforms=numbers, stop_id=36, temperature=1.0)
+        # A data-parallel rank without prompts runs no forward, and must not be waited for.
+        prompts = [[1, 2], [3]] if policy.layout.data_parallel_rank == 0 else []
+        ids, logprobs = sample_responses(
+            policy, prompts, uniforms=numbers[: len(prompts)], stop_id=36, temperature=1.0
+        )
+        dist.barrier()
         runs.append(steps(policy, 1))
         filled = reference.fill(policy, updates)
         found += [ids, logprobs, [mb.reference_logprobs for mb in filled[0]]]
@@ -140,8 +146,11 @@ def test_a_checkpoint_right_after_an_update_resumes_with_the_same_bits(
     def job(policy: Policy) -> Any:
         steps(policy, 2)
         path = save_checkpoint(policy, tmp_path, STATE, keep=2)
+        saved = copied_weights(policy)
         wanted = steps(policy, 2), copied_weights(policy)
         again = build(model_dir, chosen, layout=policy.layout)
+        load_model_only(again, path)
+        assert_same_weights(copied_weights(again), saved)
         steps(again, 1)
         load_checkpoint(again, path)
         return wanted, (steps(again, 2), copied_weights(again))

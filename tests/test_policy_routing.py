@@ -111,7 +111,8 @@ def test_each_update_routes_as_the_log_prob_pass_did(
                     got = [experts for n, graph, experts in seen if n == number and graph == is_graph]
                     assert len(got) == len(wanted) and all(map(torch.equal, got, wanted))
         for router in routers(policy):
-            assert router.weight.main_grad.abs().max() > 0  # the gates of the chosen experts learn
+            gradient: Tensor = router.weight.main_grad  # type: ignore[attr-defined]
+            assert gradient.abs().max() > 0  # the gates of the chosen experts learn
         # Routed by the weights of now, most tokens go elsewhere.
         (live, _), _ = compute_logprobs(policy, updates)
         moved = [(old.routing != new.routing) for old, new in zip(updates[0], live, strict=True)]  # type: ignore[union-attr]

@@ -142,10 +142,16 @@ def token_statistics(
     for core in cores(policy):
         core.second_moments = second_moments
     micro_batches = [_on_device(micro_batch) for micro_batch in update]
-    with routing(policy.tapes, micro_batches, record=record_routing) as kept:
-        stats = _run(policy, micro_batches, _keep_stats, forward_only=True)
+    # Any number will do here: the last one is repeated where the schedule wants more, and its copies are dropped.
+    copies = micro_batches[-1:] * (-len(micro_batches) % policy.layout.micro_batch_multiple)
+    fed = [*micro_batches, *copies]
+    with routing(policy.tapes, fed, record=record_routing) as kept:
+        stats = _run(policy, fed, _keep_stats, forward_only=True)[: len(micro_batches)]
     if kept:
-        micro_batches = [replace(mb, routing=own) for mb, own in zip(micro_batches, kept, strict=True)]
+        micro_batches = [
+            replace(mb, routing=own)
+            for mb, own in zip(micro_batches, kept[: len(micro_batches)], strict=True)
+        ]
     policy.train()
     return list(zip(micro_batches, stats or [None] * len(micro_batches), strict=True))
 

@@ -19,6 +19,7 @@ from vllm.inputs import TokensPrompt
 from megatron_fec.rollout.engine import Sampling, engine_weights, gather_groups, request_seeds
 from megatron_fec.rollout.vllm_parts import (
     check_environment,
+    forget_expert_kernels,
     global_state_kept,
     llm_arguments,
     samples_of,
@@ -85,6 +86,7 @@ class VllmEngine:
         self._version = None
         stream = engine_weights(weights, vocab_size=self._vocab_size, is_tied=self._is_tied)
         try:
+            self._llm.apply_model(forget_expert_kernels)
             # vLLM's own load_weights fails on its fused layers after the first load; reload_weights is the entry.
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
         except BaseException:

@@ -98,6 +98,19 @@ def check_environment() -> None:
             )
 
 
+def forget_expert_kernels(model: torch.nn.Module) -> None:
+    """Before a refit on the CPU: lets vLLM pack the experts' new weights, which it does only where it builds a kernel.
+
+    On a GPU its reload converts them by itself. Seen in vLLM 0.32, which else computes with weights in another order.
+    """
+    if torch.cuda.is_available():
+        return
+    methods = [getattr(module, "quant_method", None) for module in model.modules()]
+    for method in methods:
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None  # type: ignore[union-attr]
+
+
 @contextmanager
 def global_state_kept() -> Iterator[None]:
     """The trainer's random states and its torch.set_num_threads survive; vLLM changes all of them in process."""

@@ -30,6 +30,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, worker_init_process_group
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from megatron_fec.rollout.vllm_parts import forget_expert_kernels
 from megatron_fec.rollout.weight_transfer import checksum, combined, gloo_group, layout, unpacked
 
 BACKEND = "buckets"
@@ -97,6 +98,7 @@ class BucketTransferEngine(WeightTransferEngine[BucketInit, BucketUpdate]):
 
     def start_weight_update(self) -> None:
         self.checksums = []
+        forget_expert_kernels(self.model)
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
