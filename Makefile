@@ -1,9 +1,9 @@
-# setup | quickstart | test | test-fast | test-slurm | lint | test-mcore19 | benchmark | clean; the README says what each needs.
+# setup | quickstart | test | test-fast | test-gpu | test-slurm | lint | test-mcore19 | benchmark | clean; the README says what each needs.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-fast test-slurm lint shell-scripts test-mcore19 benchmark clean
+.PHONY: help setup quickstart test test-fast test-gpu test-slurm lint shell-scripts test-mcore19 benchmark clean
 
 # PYTHON=/path/to/python3.12 overrides the search, PYTHON312 the one of test-mcore19.
 PYTHON ?= $(call first_of,3.11 3.12,python3.11 python3.12 python3)
@@ -53,6 +53,10 @@ test: setup lint
 
 test-fast: setup
 	$(BIN)/python -m pytest -ra -m "not slow"
+
+# On a machine with GPUs, in the Python that has torch for CUDA, vLLM and Transformer Engine: make test-gpu BIN=/path/to/bin.
+test-gpu:
+	$(BIN)/python -m pytest -ra tests/gpu $(ARGS)
 
 # A local Slurm of three nodes: root and Debian's packages, which it installs; says so and ends well where they are not.
 test-slurm: setup

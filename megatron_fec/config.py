@@ -152,8 +152,8 @@ class Config:
         _check_choices(self)
         _check_ranges(self)
         _check_batch(self)
-        check_servers(self.rollout)
         check_policy(self.policy)
+        check_servers(self.rollout, self.policy)
         _check_schedule(self)
 
 

@@ -16,10 +16,12 @@ from megatron_fec.algorithm.strategies import needs_reference
 from megatron_fec.collection import Collector
 from megatron_fec.config import Config, OptimizerConfig, save_config
 from megatron_fec.engines import native_engine, server_engine, vllm_engine
+from megatron_fec.memory_log import PeakMemory
 from megatron_fec.policy.checkpoint import TrainerState
 from megatron_fec.policy.checkpoint_files import set_aside
 from megatron_fec.policy.device import device, release_cached_memory
 from megatron_fec.policy.kernels import kernel_lines
+from megatron_fec.policy.offload import Offload
 from megatron_fec.policy.parallel import ParallelLayout, initialize_parallel
 from megatron_fec.policy.reference import ReferencePolicy
 from megatron_fec.policy.step import Policy, build_policy
@@ -98,11 +100,18 @@ def _build_trainer(
     policy = _policy(config, inputs, config.optimizer, layout, total_steps=config.trainer.max_steps)
     log.note("\n".join(kernel_lines(config.policy, policy.bridge.config, policy.optimizer)))
     state = TrainerState(step=0, consumed_samples=0, weight_version=0, schedule={})
+    samples_itself = config.rollout.engine == "native"
+    offload = Offload(policy, options_of_policy(config.policy).offload, policy_samples=samples_itself)
+    offload.enter("generate")  # an engine takes its share of the memory that is free when it starts
+    engine = _engine(config, inputs, policy, log)
+    offload.enter("train")  # a checkpoint may follow
     return Trainer(
         config=config,
         policy=policy,
+        offload=offload,
+        memory=PeakMemory(engine.asleep_bytes),
         collector=Collector(
-            engine=_engine(config, inputs, policy, log),
+            engine=engine,
             verifier=Verifier(workers=1, timeout=config.data.verifier_timeout),
             settings=config.rollout,
         ),

@@ -59,6 +59,17 @@ def options_of_policy(policy: PolicyConfig) -> PolicyOptions:
 def check_policy(policy: PolicyConfig) -> None:
     """Raises ConfigError for an option that does not exist or does not fit its type, and for what excludes each other."""
     check_options({"the policy": PolicyOptions}, policy.options, key="policy.options")
+    options = options_of_policy(policy)
+    if options.offload == "all" and options.fp8_params:
+        raise ConfigError(
+            "policy.options.offload=all does not go with policy.options.fp8_params=true: weights in FP8 keep their "
+            "scales and transposes outside the buffers that are moved. Use policy.options.offload=optimizer."
+        )
+    if options.offload == "optimizer" and options.optimizer_on_host == 1.0:
+        raise ConfigError(
+            "policy.options.offload=optimizer has nothing to move with policy.options.optimizer_on_host=1.0: all of the "
+            "optimizer's state is in host memory. Set offload to none, or to all."
+        )
     if policy.sequence_parallel and policy.tensor_parallel == 1:
         raise ConfigError("policy.sequence_parallel=true needs policy.tensor_parallel > 1. Set it to false.")
     _check_layout(policy, options_of_policy(policy))

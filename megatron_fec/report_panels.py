@@ -128,6 +128,16 @@ PANELS = (
         curves=(Curve(key="train_rollouts/mismatch"),),
     ),
     Panel(
+        title="Peak GPU memory by part of a step",
+        caption="GiB in tensors, the largest of all ranks; a save's stands one step later.",
+        curves=(Curve(key="memory/allocated_gib/"),),
+    ),
+    Panel(
+        title="Peak host memory by part of a step",
+        caption="GiB resident, of the largest rank; a save's stands one step later.",
+        curves=(Curve(key="memory/host_gib/"),),
+    ),
+    Panel(
         title="Throughput",
         caption="Response tokens per second of the whole step.",
         curves=(Curve(key=TOKENS_PER_SECOND),),

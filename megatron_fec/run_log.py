@@ -1,7 +1,7 @@
 """What a run tells: metrics.jsonl, the terminal, wandb, and the timers that feed all three.
 
-Metric names start with train_rollouts/, train_optim/, val_rollouts/ or timers/. Only the main rank writes; on the others
-every method of RunLog returns at once, so callers need no rank checks.
+Metric names start with train_rollouts/, train_optim/, val_rollouts/, timers/ or memory/. Only the main rank writes; on
+the others every method of RunLog returns at once, so callers need no rank checks.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -143,15 +143,18 @@ class RunLog:
 class Timers:
     """Wall-clock seconds by name; the host's clock, so a caller who times GPU work synchronizes first."""
 
-    def __init__(self) -> None:
+    def __init__(self, during: Callable[[str], AbstractContextManager] = nullcontext) -> None:
+        """during: what else watches a block, given its name, such as its memory."""
         self._seconds: dict[str, float] = {}
+        self._during = during
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Adds the time of the block to `name`, also when it raises."""
         start = time.perf_counter()
         try:
-            yield
+            with self._during(name):
+                yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 

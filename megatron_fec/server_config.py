@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_fec.errors import ConfigError
+from megatron_fec.policy_options import options_of_policy
 
 if TYPE_CHECKING:
-    from megatron_fec.config import AlgorithmConfig, RolloutConfig
+    from megatron_fec.config import AlgorithmConfig, PolicyConfig, RolloutConfig
 
 
-def check_servers(rollout: RolloutConfig) -> None:
+def check_servers(rollout: RolloutConfig, policy: PolicyConfig) -> None:
     """Raises ConfigError naming setting, value, rule and remedy of the first broken rule."""
     check_rollout_precision(rollout)
     if rollout.max_lag not in (0, 1):
@@ -24,6 +25,12 @@ def check_servers(rollout: RolloutConfig) -> None:
         raise ConfigError(
             "rollout.seed_per_request=false does not go with rollout.engine=servers: a prompt that is sent again must get "
             "the same samples. Set it to true."
+        )
+    offload = options_of_policy(policy).offload
+    if rollout.engine == "servers" and offload != "none":
+        raise ConfigError(
+            f"policy.options.offload={offload} does not go with rollout.engine=servers: servers sample on GPUs of their "
+            "own, so nobody would use the memory that the policy gives up. Set it to none."
         )
 
 

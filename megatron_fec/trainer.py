@@ -1,6 +1,7 @@
 """The reinforcement loop, in NeMo-Aligner's shape and SPMD: every rank runs every line.
 
-Memory moves in prepare_for_* and finish_* only: the engine sleeps while the policy trains.
+Memory moves in prepare_for_* and finish_* only: the engine sleeps while the policy trains, and policy/offload.py says
+where the policy is while the engine samples.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from megatron_fec.collection import Collector
 from megatron_fec.config import Config, ConfigError
 from megatron_fec.errors import RunError
 from megatron_fec.evaluate import evaluation_metrics
+from megatron_fec.memory_log import PeakMemory
 from megatron_fec.policy.checkpoint import TrainerState, load_checkpoint, load_rng_state, rng_state
 from megatron_fec.policy.checkpoint_save import Saver
 from megatron_fec.policy.device import device, release_cached_memory
 from megatron_fec.policy.nonfinite import NonFiniteError
+from megatron_fec.policy.offload import Offload, Phase
 from megatron_fec.policy.reference import ReferencePolicy
 from megatron_fec.policy.step import Policy, compute_logprobs
 from megatron_fec.policy.weights import hf_weights
@@ -50,6 +53,7 @@ class Rollouts:
 class Trainer:
     config: Config
     policy: Policy
+    offload: Offload  # of the policy
     collector: Collector  # engine and verifier
     schedule: Schedule
     strategy_state: StrategyState
@@ -61,10 +65,14 @@ class Trainer:
     state: TrainerState
     stop: Stop
     reference: ReferencePolicy | None = None
-    timers: Timers = field(default_factory=Timers)
+    memory: PeakMemory = field(default_factory=PeakMemory)
+    timers: Timers = field(init=False)
     saver: Saver = field(default_factory=Saver)
     engine_version: int | None = None  # of the weights in the engine
     saved_step: int = 0  # of the newest checkpoint
+
+    def __post_init__(self) -> None:
+        self.timers = Timers(self.memory.during)
 
     def fit(self) -> None:
         """Steps until trainer.max_steps: sample, score, log-probs, schedule, updates, log, save and evaluate when due.
@@ -125,7 +133,7 @@ class Trainer:
                 self._draw, version=self.state.weight_version, seed=derive_seed(seed, "rollout", step)
             )
         self._sample_ahead(step + 1, collection.drawn)
-        self.finish_inference()
+        self.finish_inference(keep_weights=False)  # the next samples are of the weights after this step
         self.stop.check("logprobs", "verify", "train", "save")
         groups = collection.groups
         with self.timers("logprobs"):
@@ -177,12 +185,12 @@ class Trainer:
                 seed=derive_seed(self.config.trainer.seed, "validation", step),
             )
             rewards = self.collector.score(groups)
-        self.finish_inference()
+        self.finish_inference(keep_weights=True)  # the next step samples with them too
         return {f"val_rollouts/{name}": value for name, value in evaluation_metrics(rewards).items()}
 
     def save(self) -> None:
         """A checkpoint of everything that the next step depends on; note_saved tells when it is on disk."""
-        self.prepare_for_training()
+        self.prepare_for_saving()
         settings = self.config.trainer
         name = self.config.algorithm.schedule.name
         state = replace(
@@ -190,15 +198,15 @@ class Trainer:
             schedule={"name": name, **self.schedule.state_dict()},
             strategies=self.strategy_state.state_dict(),
         )
-        self.saver.save(
-            self.policy,
-            Path(settings.run_dir) / "checkpoints",
-            state,
-            keep=settings.keep_checkpoints,
-            in_background=settings.async_save,
-        )
+        with self.memory.during("save"):
+            self.saver.save(
+                self.policy,
+                Path(settings.run_dir) / "checkpoints",
+                state,
+                keep=settings.keep_checkpoints,
+                in_background=settings.async_save,
+            )
         self.saved_step = state.step
-        self.finish_training()
 
     def note_saved(self, *, wait: bool) -> None:
         """Tells of checkpoints that are on disk by now, and raises what went wrong with one in the background."""
@@ -229,19 +237,33 @@ class Trainer:
             self.collector.finish_ahead()
         release_cached_memory()
         if self.engine_version != self.state.weight_version:
+            self._move("refit")
             with self.timers("refit"):
                 self.collector.engine.refit(hf_weights(self.policy), version=self.state.weight_version)
             self.engine_version = self.state.weight_version
+        self._move("generate")
 
-    def finish_inference(self) -> None:
-        """Takes the engine's memory back."""
-        self.collector.engine.free()
+    def finish_inference(self, *, keep_weights: bool) -> None:
+        """Takes the engine's memory back; without its weights, the next prepare_for_inference brings new ones."""
+        self.collector.engine.free(keep_weights=keep_weights)
+        if not keep_weights:
+            self.engine_version = None
+        self._move("logprobs")
 
     def prepare_for_training(self) -> None:
+        self._move("train")
         self.policy.train()
 
     def finish_training(self) -> None:
         self.policy.optimizer.zero_grad()
+
+    def prepare_for_saving(self) -> None:
+        """The checkpoint reads weights and optimizer, which a validation may have sent away."""
+        self._move("save")
+
+    def _move(self, phase: Phase) -> None:
+        with self.timers("offload"):
+            self.offload.enter(phase)
 
     def _draw(self, batch: int, *, skipped: int = 0) -> list[Prompt]:
         """The prompts of a step's n-th batch; of the next step's where this one has drawn `skipped`."""
@@ -286,14 +308,14 @@ class Trainer:
         )
 
     def _timer_metrics(self, rollout_metrics: dict[str, float]) -> dict[str, float]:
-        """Seconds by name, the slowest rank's, and response tokens per second of the whole step if it was timed."""
-        seconds = self.timers.seconds()
-        slowest = torch.tensor(list(seconds.values()), device=device(), dtype=torch.float64)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        timers = dict(zip(seconds, slowest.tolist(), strict=True))
+        """Seconds by name and peak memory, the largest of all ranks; tokens per second of the step if it was timed."""
+        own = {f"timers/{name}": value for name, value in self.timers.seconds().items()} | self.memory.take()
+        largest = torch.tensor(list(own.values()), device=device(), dtype=torch.float64)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        metrics = dict(zip(own, largest.tolist(), strict=True))
         tokens = rollout_metrics["train_rollouts/response_tokens"]
-        rate = {TOKENS_PER_SECOND: tokens / timers["step"]} if "step" in timers else {}
-        return {f"timers/{name}": value for name, value in timers.items()} | rate
+        rate = {TOKENS_PER_SECOND: tokens / metrics["timers/step"]} if "timers/step" in metrics else {}
+        return metrics | rate
 
 
 @contextmanager

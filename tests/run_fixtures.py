@@ -154,9 +154,9 @@ def train(run_dir: Path, settings: dict[str, Any], processes: int = 1) -> Path:
 
 
 def rows_of(run_dir: Path) -> list[Row]:
-    """Rows of metrics.jsonl without what the clock decides."""
+    """Rows of metrics.jsonl without what the clock and the allocator decide."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    is_timed = ("timers/", "train_rollouts/tokens_per_second")
+    is_timed = ("timers/", "memory/", "train_rollouts/tokens_per_second")
     return [{key: value for key, value in row.items() if not key.startswith(is_timed)} for row in rows]
 
 

@@ -47,7 +47,10 @@ class PlannedEngine:
 
     def refit(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None: ...
 
-    def free(self) -> None: ...
+    def free(self, *, keep_weights: bool) -> None: ...
+
+    def asleep_bytes(self) -> int:
+        return 0
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[SampleGroup]:
         self.seeds.append(sampling.seed)

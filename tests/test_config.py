@@ -253,6 +253,7 @@ def test_a_missing_base_is_named(tmp_path: Path):
         ("virtual_stages=0", "policy.options.virtual_stages=0 must be an integer of at least 1."),
         ("optimizer_on_host=1.5", r"policy.options.optimizer_on_host=1.5 must be in \[0, 1\]."),
         ("overlap=1", "policy.options.overlap=1 must be true or false."),
+        ("offload=some", "policy.options.offload=some must be one of none, optimizer, all."),
         (
             "expert_paralel=2",
             "policy.options.expert_paralel is not read by the policy. Did you mean expert_parallel?",
@@ -262,3 +263,15 @@ def test_a_missing_base_is_named(tmp_path: Path):
 def test_an_option_of_the_policy_that_is_wrong(minimal: Path, option: str, message: str):
     with pytest.raises(ConfigError, match=message):
         load_config(minimal, [f"policy.options.{option}"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("{offload: all, fp8_params: true}", r"fp8_params=true.* Use policy\.options\.offload=optimizer"),
+        ("{offload: optimizer, optimizer_on_host: 1.0}", r"nothing to move.* Set offload to none, or to all"),
+    ],
+)
+def test_an_offload_that_cannot_be(minimal: Path, options: str, message: str):
+    with pytest.raises(ConfigError, match=rf"policy\.options\.offload=.*{message}"):
+        load_config(minimal, [f"policy.options={options}"])

@@ -45,6 +45,7 @@ FLOORS = {  # first part of the name below megatron_fec
     "evaluation_results": 4,
     "engines": 4,
     "run_log": 4,
+    "memory_log": 4,
     "report": 4,
     "study": 4,
     "rollout_dump": 4,

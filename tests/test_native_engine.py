@@ -248,7 +248,8 @@ def generate(policy: Policy, tokenizer: Any, prompts: Sequence[Prompt]) -> list[
     )
     engine.refit(untouchable(), version=4)
     groups = engine.generate(prompts, SETTINGS)
-    engine.free()
+    engine.free(keep_weights=True)
+    assert engine.asleep_bytes() == 0
     return groups
 
 

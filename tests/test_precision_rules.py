@@ -289,5 +289,5 @@ def test_rollouts_in_fp8_are_refused(
 
 def test_the_native_engine_does_not_quantize() -> None:
     with pytest.raises(ConfigError, match=r"rollout.precision=fp8 is vLLM's, and rollout.engine=native"):
-        check_servers(RolloutConfig(precision="fp8", engine="native"))
-    check_servers(RolloutConfig(precision="fp8", engine="vllm"))
+        check_servers(RolloutConfig(precision="fp8", engine="native"), PolicyConfig())
+    check_servers(RolloutConfig(precision="fp8", engine="vllm"), PolicyConfig())

@@ -150,7 +150,9 @@ def test_bad_folders_are_clear_errors(tmp_path: Path, runs: list[str]):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_panels_name_metrics_of_the_four_groups():
+def test_panels_name_metrics_of_the_groups():
     keys = [curve.key for panel in PANELS for curve in panel.curves]
-    assert all(key.split("/")[0] in ("train_rollouts", "train_optim", "val_rollouts") for key in keys)
+    assert all(
+        key.split("/")[0] in ("train_rollouts", "train_optim", "val_rollouts", "memory") for key in keys
+    )
     assert len({panel.title for panel in PANELS}) == len(PANELS)

@@ -28,6 +28,10 @@ SERVERS = "rollout.engine=servers"
             [SERVERS, "rollout.seed_per_request=false"],
             r"rollout\.seed_per_request=false does not go with rollout\.engine=servers.* Set it to true",
         ),
+        (
+            [SERVERS, "policy.options.offload=all"],
+            r"policy\.options\.offload=all does not go with rollout\.engine=servers.* Set it to none",
+        ),
     ],
 )
 def test_broken_rules(overrides: list[str], message: str) -> None:

@@ -124,8 +124,9 @@ def test_a_run_stopped_at_every_kind_of_point_is_the_undisturbed_one(
         (5, 1, signal.SIGUSR1, 3),  # between steps
         (4, 0, signal.SIGTERM, 4),  # before the validation after the last step
     ]
+    away = {"policy.options.offload": "all"}  # each stop finds the policy where the phase before it left it
     for stop_at, rank, number, steps in starts:
-        run(run_dir, stop_at=stop_at, rank=rank, number=number)
+        run(run_dir, stop_at=stop_at, rank=rank, number=number, **away)
         text = capfd.readouterr().out
         note = f"stopped by {signal.Signals(number).name} after {steps} of {MAX_STEPS} steps: nothing is lost"
         assert note in text

@@ -18,6 +18,7 @@ def test_a_checkpoint_of_another_schedule_is_refused(tmp_path: Path):
     trainer = Trainer(
         config=load_config(TINY, []),
         policy=nothing,
+        offload=nothing,
         collector=nothing,
         schedule=nothing,
         strategy_state=nothing,

@@ -165,6 +165,7 @@ def check_rank(seen: dict[str, Any]) -> None:
         "grad": True,
     }
     assert seen["order"]
+    assert "free(keep_weights=False). Call refit first" in seen["after_free"]
     assert "stream broke" in seen["failed_refit"] and "Restart the run" in seen["after_failed_refit"]
     assert "rollout.tensor_parallel=3 must divide the" in seen["indivisible"]
     assert "VLLM_ENABLE_V1_MULTIPROCESSING=None must be 0" in seen["environment"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,10 +10,12 @@ from ranks import run_on_ranks
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
+from megatron_fec.errors import ConfigError
 from megatron_fec.rollout.engine import engine_weights
 from megatron_fec.rollout.weight_transfer import (
     GOLDEN,
     GlooSender,
+    check_other_gpu,
     checksum,
     combined,
     gloo_group,
@@ -104,3 +107,11 @@ def test_engines_get_true_rows_and_the_head_of_a_tied_model() -> None:
     assert torch.equal(tied["lm_head.weight"], embedding[:4]) and len(tied) == 3
     own = dict(engine_weights(stream, vocab_size=4, is_tied=False))
     assert torch.equal(own["lm_head.weight"], head[:4]) and own["model.embed_tokens.weight"].shape == (4, 2)
+
+
+def test_a_server_on_the_trainers_gpu_is_refused() -> None:
+    check_other_gpu("GPU-1", "GPU-2")
+    with pytest.raises(
+        ConfigError, match=r"has GPU GPU-1, on which .* or share this one by rollout\.engine=vllm"
+    ):
+        check_other_gpu("GPU-1", "GPU-1")

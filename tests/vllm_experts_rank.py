@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from megatron_fec.config import OptimizerConfig
 from megatron_fec.policy.parallel import initialize_parallel
-from megatron_fec.policy.step import build_policy, compute_logprobs, unwrapped
+from megatron_fec.policy.step import build_policy, compute_logprobs, cores
 from megatron_fec.policy.weights import hf_weights
 from megatron_fec.rollout.engine import Sampling, true_vocab_size
 from megatron_fec.rollout.packing import PackLayout, pack
@@ -67,7 +67,7 @@ def main(model_dir: str, out_dir: str) -> None:
         updates = pack(groups, layout=pack_layout, prompts_per_update=len(prompts), seed=1)
         mismatches.append(compute_logprobs(policy, updates)[1].means()["mismatch"])
         with torch.no_grad():
-            for parameter in unwrapped(policy.model).parameters():
+            for parameter in cores(policy)[0].parameters():
                 parameter.mul_(1.1)  # far enough that stale experts would show
     Path(out_dir, "mismatches.json").write_text(json.dumps(mismatches))
 

@@ -66,9 +66,11 @@ def main(model_dir: str, out_dir: str, tensor_parallel: int, seed_per_request: b
     cut = engine.generate(prompts, replace(sampling, top_p=TOP_P, top_k=TOP_K))
     seen["error_truncated"] = max(_errors(model, cut, len(tokenizer), top_p=TOP_P, top_k=TOP_K))
     seen["is_truncated"] = cut != groups
-    engine.free()
+    engine.free(keep_weights=True)
     again = engine.generate(prompts, sampling)
     seen["repeats"] = again == groups
+    engine.free(keep_weights=False)
+    seen["after_free"] = _error_of(lambda: engine.generate(prompts, sampling))
     seen["ambient"] = ambient
     seen["state_kept"] = _global_state() == before
     seen["threads_settable"] = torch.set_num_threads.__module__ != "vllm.v1.worker.cpu_worker"

@@ -36,10 +36,19 @@ class Sampling:
 
 
 class Engine(Protocol):
-    """Samples responses with the weights of the last refit; all methods are collective over the whole world."""
+    """Samples responses with the weights of the last refit; all methods are collective over the whole world.
+
+    An engine starts without weights, and is again without after free(keep_weights=False): then refit comes before
+    generate. What takes its memory and is not needed to load weights, the KV cache, it takes at generate and not before:
+    the weights that the refit reads may have left by then.
+    """
 
     def refit(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
-        """Loads full tensors under Hugging Face names. Every rank iterates the whole stream: it holds collectives."""
+        """Loads full tensors under Hugging Face names. Every rank iterates the whole stream: it holds collectives.
+
+        An engine in the trainer's process reads the tensors where they lie in device memory, one at a time, with no copy
+        between processes: CUDA IPC and buckets are for engines in other processes.
+        """
         ...
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[SampleGroup]:
@@ -50,8 +59,15 @@ class Engine(Protocol):
         """
         ...
 
-    def free(self) -> None:
-        """Gives memory back until the next refit or generate; the weights are kept."""
+    def free(self, *, keep_weights: bool) -> None:
+        """Gives memory back until the next refit or generate.
+
+        keep_weights: generate may come next; they then wait in host memory. Else refit must.
+        """
+        ...
+
+    def asleep_bytes(self) -> int:
+        """What torch counts as allocated on this rank's device, and this engine has given back."""
         ...
 
 

@@ -44,7 +44,8 @@ class NativeEngine:
         """Data-parallel rank r samples prompts r, r + size, ...; then all ranks gather all groups."""
         if self._version is None:
             raise RuntimeError(
-                "NativeEngine.generate before refit: the samples need a version. Call refit first."
+                "NativeEngine.generate before refit, or after free(keep_weights=False): the samples need a version. "
+                "Call refit first."
             )
         indices = range(self._rank, len(prompts), self._size)
         seeds = request_seeds(prompts, sampling.seed)
@@ -60,8 +61,13 @@ class NativeEngine:
         ]
         return gather_groups(local, indices, prompts=prompts, is_leader=self._is_leader)
 
-    def free(self) -> None:
-        """Nothing to do: the KV cache lives inside generate."""
+    def free(self, *, keep_weights: bool) -> None:
+        """No memory to give: the KV cache lives inside generate, and the weights are the policy's."""
+        if not keep_weights:
+            self._version = None
+
+    def asleep_bytes(self) -> int:
+        return 0
 
     def _samples(
         self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling, version: int

@@ -74,8 +74,11 @@ class ServerEngine:
         groups = future.result() if future is not None else []
         return gather_groups(groups, range(len(groups)), prompts=prompts, is_leader=future is not None)
 
-    def free(self) -> None:
-        """Nothing to do: the engines have memory of their own."""
+    def free(self, *, keep_weights: bool) -> None:
+        """Nothing to do: the engines have memory of their own, and sample ahead with these weights."""
+
+    def asleep_bytes(self) -> int:
+        return 0
 
     def counts(self) -> dict[str, float]:
         """Engines that were started again and prompts that were sent again, since the last call; on every rank."""

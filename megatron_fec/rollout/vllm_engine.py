@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig
 from vllm import LLM, RequestOutput
+from vllm.device_allocator.cumem import CuMemAllocator
 from vllm.inputs import TokensPrompt
 
 from megatron_fec.rollout.engine import Sampling, engine_weights, gather_groups, request_seeds
@@ -28,12 +29,18 @@ from megatron_fec.rollout.vllm_parts import (
 from megatron_fec.seeds import derive_seed
 from megatron_fec.types import Prompt, SampleGroup
 
+SLEEP_TAGS = frozenset(("weights", "kv_cache"))  # of what vLLM can wake apart
+
 
 class VllmEngine:
     """An `Engine` (rollout/engine.py). Create it after torch.distributed and keep it until the process ends.
 
-    It starts without weights: the first `refit` brings them. Rows of the vocabulary without a token are not part of
-    its model, so they are neither sampled nor counted in log-probs.
+    It starts without weights, asleep: the first `refit` brings them. Rows of the vocabulary without a token are not part
+    of its model, so they are neither sampled nor counted in log-probs.
+
+    Asleep at level 1 its weights are in host memory, at level 2 they are gone; the KV cache is gone at both. vLLM itself
+    keeps the model's buffers, such as the rotary table, at level 2. It wakes in two steps, weights for the refit and the
+    KV cache for the first sample after it (llm.py, device_allocator/cumem.py and v1/worker/gpu_worker.py of vLLM 0.32).
     """
 
     def __init__(
@@ -59,7 +66,8 @@ class VllmEngine:
         self._is_leader = rank % tensor_parallel == 0
         self._seed_per_request = seed_per_request
         self._version: int | None = None
-        self._is_asleep = self._is_broken = False
+        self._asleep: frozenset[str] = frozenset()  # tags of vLLM's allocator whose memory is given back
+        self._is_broken = False
         hf_config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
         self._is_tied = bool(hf_config.tie_word_embeddings)
         self._vocab_size = vocab_size
@@ -78,11 +86,12 @@ class VllmEngine:
                     is_fp8=is_fp8,
                 ),
             )
+        self.free(keep_weights=False)  # they are random
 
     def refit(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
         """Loads the stream; each rank keeps its shard. A failure leaves the engine unusable."""
         self._check_usable()
-        self._wake_up()
+        self._wake_up("weights")
         self._version = None
         stream = engine_weights(weights, vocab_size=self._vocab_size, is_tied=self._is_tied)
         try:
@@ -100,9 +109,10 @@ class VllmEngine:
         self._check_usable()
         if self._version is None:
             raise RuntimeError(
-                "VllmEngine.generate before refit: the engine starts without weights. Call refit first."
+                "VllmEngine.generate before refit: the engine has no weights, at its start and after "
+                "free(keep_weights=False). Call refit first."
             )
-        self._wake_up()
+        self._wake_up("weights", "kv_cache")
         indices = range(self._engine, len(prompts), self._num_engines)
         seeds = request_seeds(prompts, sampling.seed) if self._seed_per_request else [None] * len(prompts)
         inputs = [TokensPrompt(prompt_token_ids=list(prompts[i].token_ids)) for i in indices]
@@ -119,16 +129,27 @@ class VllmEngine:
         ]
         return gather_groups(local, indices, prompts=prompts, is_leader=self._is_leader)
 
-    def free(self) -> None:
-        """Moves the weights to host memory and drops the KV cache. Nothing to do on CPU."""
-        if torch.cuda.is_available() and not self._is_asleep:
-            self._llm.sleep(level=1)
-            self._is_asleep = True
+    def free(self, *, keep_weights: bool) -> None:
+        """Drops the KV cache, and moves the weights to host memory or drops them too. vLLM's CPU worker cannot sleep."""
+        if not keep_weights:
+            self._version = None
+        if torch.cuda.is_available() and self._asleep != SLEEP_TAGS:
+            self._llm.sleep(level=1 if keep_weights else 2)
+            self._asleep = SLEEP_TAGS
 
-    def _wake_up(self) -> None:
-        if self._is_asleep:
-            self._llm.wake_up()
-            self._is_asleep = False
+    def asleep_bytes(self) -> int:
+        """vLLM unmaps the memory of its pool behind the back of torch, which goes on counting it."""
+        if not torch.cuda.is_available():
+            return 0
+        pool = CuMemAllocator.get_instance().pointer_to_data.values()
+        return sum(data.handle[1] for data in pool if data.is_asleep)
+
+    def _wake_up(self, *tags: str) -> None:
+        """Those of the tags that are asleep."""
+        waking = [tag for tag in tags if tag in self._asleep]
+        if waking:
+            self._llm.wake_up(tags=waking)
+            self._asleep -= set(waking)
 
     def _check_usable(self) -> None:
         if self._is_broken:

@@ -31,7 +31,14 @@ from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitI
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from megatron_fec.rollout.vllm_parts import forget_expert_kernels
-from megatron_fec.rollout.weight_transfer import checksum, combined, gloo_group, layout, unpacked
+from megatron_fec.rollout.weight_transfer import (
+    check_other_gpu,
+    checksum,
+    combined,
+    gloo_group,
+    layout,
+    unpacked,
+)
 
 BACKEND = "buckets"
 PR_SET_PDEATHSIG = 1  # of Linux: a signal for this process when its parent ends
@@ -47,7 +54,8 @@ class BucketInit(WeightTransferInitInfo):
     timeout: float  # seconds for one bucket
     master_address: str = ""  # these two: gloo
     master_port: int = 0
-    nccl_unique_id_b64: str = ""
+    nccl_unique_id_b64: str = ""  # these two: nccl
+    trainer_gpu: str = ""  # UUID of the one that sends
 
 
 @dataclass
@@ -73,6 +81,7 @@ class BucketTransferEngine(WeightTransferEngine[BucketInit, BucketUpdate]):
     def init_transfer_engine(self, init_info: BucketInit) -> None:
         self.shutdown()
         if init_info.backend == "nccl":
+            check_other_gpu(_uuid(self.device), init_info.trainer_gpu)
             nccl = NCCLWeightTransferInitInfo(
                 rank_offset=1,
                 world_size=init_info.world_size,
@@ -160,7 +169,10 @@ class NcclSender:
 
     def __init__(self, *, world_size: int, timeout: float, device: torch.device) -> None:
         self._id = bytes(NCCLLibrary().ncclGetUniqueId().internal)
-        self.meeting = {"nccl_unique_id_b64": base64.b64encode(self._id).decode()}
+        self.meeting = {
+            "nccl_unique_id_b64": base64.b64encode(self._id).decode(),
+            "trainer_gpu": _uuid(device),
+        }
         self._world_size, self._timeout = world_size, timeout
         self._device = device  # threads have a current device of their own, so it is always named
         self._communicator: PyNcclCommunicator | None = None
@@ -191,6 +203,10 @@ class NcclSender:
         if self._communicator is not None:
             self._communicator.destroy()
             self._communicator = None
+
+
+def _uuid(device: torch.device) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 # Workers that vLLM spawns import this module by the name of TransferState, and then know the backend. A worker that is

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
+from megatron_fec.errors import ConfigError
+
 BUCKET_BYTES = 256 << 20
 ALIGNMENT = 8  # bytes; a tensor of any dtype may start there, and the checksum reads words of this size
 CHUNK_WORDS = 1 << 22  # of one pass of the checksum; bounds its memory
@@ -114,6 +116,19 @@ def unpacked(
         (name, data[start:end].view(getattr(torch, dtype)).view(list(shape)))
         for name, dtype, shape, (start, end) in zip(names, dtypes, shapes, places, strict=True)
     ]
+
+
+def check_other_gpu(own: str, trainers: str) -> None:
+    """Refuses a server on the GPU of the trainer's sending rank; both are CUDA's UUIDs.
+
+    NCCL has no two ranks on one GPU. CUDA IPC could bring the weights over, but a server never sleeps: its weights and its
+    KV cache would stay beside the training copy for the whole step. The engine in the trainer's process shares the GPU.
+    """
+    if own == trainers:
+        raise ConfigError(
+            f"this rollout server has GPU {own}, on which the trainer's rank 0 trains, and NCCL has no two ranks on one "
+            "GPU. Give the server a GPU of its own by CUDA_VISIBLE_DEVICES, or share this one by rollout.engine=vllm."
+        )
 
 
 class GlooSender:
