@@ -72,14 +72,17 @@ def check_policy(policy: PolicyConfig) -> None:
         )
     if policy.sequence_parallel and policy.tensor_parallel == 1:
         raise ConfigError("policy.sequence_parallel=true needs policy.tensor_parallel > 1. Set it to false.")
-    _check_layout(policy, options_of_policy(policy))
-    from megatron_fec.precision_rules import check_precision  # takes this module
+    from megatron_fec.precision_rules import check_precision, token_multiple  # takes this module
 
     check_precision(policy)
+    _check_layout(policy, options_of_policy(policy), token_multiple=token_multiple(policy))
 
 
-def _check_layout(policy: PolicyConfig, options: PolicyOptions) -> None:
-    """Layout and optimizer options that need others; what the machine or the checkpoint decides is checked later."""
+def _check_layout(policy: PolicyConfig, options: PolicyOptions, *, token_multiple: int) -> None:
+    """Layout and optimizer options that need others; what the machine or the checkpoint decides is checked later.
+
+    token_multiple: of the tokens of a context rank.
+    """
     if options.virtual_stages > 1 and policy.pipeline_parallel == 1:
         raise ConfigError(
             f"policy.options.virtual_stages={options.virtual_stages} needs policy.pipeline_parallel > 1: one stage has no "
@@ -91,7 +94,7 @@ def _check_layout(policy: PolicyConfig, options: PolicyOptions) -> None:
             "overlaps the gathers and scatters of sequence parallelism. Set that, or tp_overlap=false."
         )
     context, tokens = policy.context_parallel, policy.micro_batch_tokens
-    multiple = math.lcm(context * policy.tensor_parallel, sequence_multiple(context))
+    multiple = math.lcm(context * token_multiple, sequence_multiple(context))
     if options.tp_overlap and tokens % multiple:
         raise ConfigError(
             f"policy.micro_batch_tokens={tokens} must be a multiple of {multiple} with policy.options.tp_overlap=true, "

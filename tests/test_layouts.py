@@ -140,6 +140,20 @@ CASES = [(kind, chosen) for kind in ("qwen3", "tied", "qwen2") for chosen in LAY
     ("tied", layout(2, **DISTRIBUTED, **PP2, micro_batch_tokens=32, options=OVERLAP, logits_chunk_tokens=8)),
     ("tied", layout(**CP2, **TP2, **SP, **DISTRIBUTED, micro_batch_tokens=32, options=OVERLAP)),
     ("qwen2", layout(**DISTRIBUTED, options=OVERLAP)),
+    (
+        "qwen3_moe_deep",
+        layout(
+            2,
+            **PP2,
+            **DISTRIBUTED,
+            micro_batch_tokens=32,
+            options={**VIRTUAL, **OVERLAP, "expert_parallel": 2},
+        ),
+    ),
+    (
+        "qwen3_moe_deep",
+        layout(**PP2, micro_batch_tokens=32, options={**VIRTUAL, "router": "replay", "recompute": "full"}),
+    ),
     *(
         ("qwen3", layout(aggregation=how, **chosen))
         for how in ("seq_mean_token_mean", "seq_mean_token_sum")

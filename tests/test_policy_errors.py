@@ -78,7 +78,7 @@ def test_sliding_windows_are_refused(tmp_path: Path) -> None:
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
     GPT2Config().save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"is a gpt2 model; supported are qwen2, qwen3, llama\."):
+    with pytest.raises(ConfigError, match=r"is a gpt2 model; supported are qwen2, qwen3, qwen3_moe, llama\."):
         load_hf_config(str(tmp_path))
 
 

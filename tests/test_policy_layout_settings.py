@@ -203,6 +203,11 @@ def test_narrower_moments_need_transformer_engine(
             r"micro_batch_tokens=1002 must be a multiple of 4 with policy\.options\.tp_overlap=true.* Use 1004\.",
         ),
         (
+            {"tp_overlap": True},
+            {**TP2_SP, "micro_batch_tokens": 1008, "precision": "mxfp8"},
+            r"micro_batch_tokens=1008 must be a multiple of 256 with policy\.options\.tp_overlap=true.* Use 1024\.",
+        ),
+        (
             {"optimizer_precision": "bf16_moments"},
             {"distributed_optimizer": False},
             r"optimizer_precision=bf16_moments needs policy\.distributed_optimizer=true.* or optimizer_precision=fp32\.",

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,13 +33,13 @@ from policy_fixtures import (
 )
 from ranks import run_on_ranks
 
-from megatron_fec.config import OptimizerConfig, PolicyConfig
+from megatron_fec.config import ConfigError, OptimizerConfig, PolicyConfig
 from megatron_fec.policy.fp8_weights import plain_weights
 from megatron_fec.policy.megatron_settings import megatron_settings
 from megatron_fec.policy.model import build_bridge, load_hf_config
 from megatron_fec.policy.nonfinite import GradientWatch
 from megatron_fec.policy.optimizer import build_optimizer, wrap_ddp
-from megatron_fec.policy.parallel import initialize_parallel
+from megatron_fec.policy.parallel import check_model_sizes, initialize_parallel
 from megatron_fec.policy.precision import ddp_precision, optimizer_precision, transformer_precision
 from megatron_fec.policy.precision_check import in_bf16
 from megatron_fec.policy.step import Policy, cores, token_statistics
@@ -157,6 +158,20 @@ def test_the_settings_name_no_output_projection_in_fp8() -> None:
         )
 
 
+def test_a_checkpoint_is_checked_with_its_layout() -> None:
+    """By the function that preflight, the dry run and the model share; 18944 / 4 is a multiple of 16, 18960 / 4 is not."""
+    sizes = {
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+    }
+    policy = PolicyConfig(precision="fp8_blockwise", tensor_parallel=4)
+    check_model_sizes(SimpleNamespace(**sizes, intermediate_size=18944), policy)
+    with pytest.raises(ConfigError, match=r"intermediate_size is 4740 at policy.tensor_parallel=4"):
+        check_model_sizes(SimpleNamespace(**sizes, intermediate_size=18960), policy)
+
+
 def test_ddp_and_optimizer_are_built_from_them(model_dir: Path) -> None:
     """By the functions of a run, around a model whose weights are bf16."""
 
@@ -267,7 +282,7 @@ def test_weights_in_fp8_are_plain_inside_the_block(model_dir: Path) -> None:
         names = {id(p): n for n, p in core.named_parameters()}
         before = copied_weights(policy)
         own = {id(p): p.detach().clone() for p in core.parameters()}
-        with plain_weights(core, is_quantized=is_matrix, dequantize=lambda x: x / 2):
+        with plain_weights([core], is_quantized=is_matrix, dequantize=lambda x: x / 2):
             inside = copied_weights(policy)
             marks = [p.partition_dim for p in core.parameters() if p.ndim == 2 and p.numel() > 9]  # type: ignore[attr-defined]
             assert set(marks) == {0, 1}
@@ -278,7 +293,7 @@ def test_weights_in_fp8_are_plain_inside_the_block(model_dir: Path) -> None:
         for weight in core.parameters():
             weight.get_high_precision_init_val = lambda: None  # type: ignore[attr-defined]
         with (
-            plain_weights(core, keep=True, is_quantized=is_matrix, dequantize=lambda x: x.clone()),
+            plain_weights([core], keep=True, is_quantized=is_matrix, dequantize=lambda x: x.clone()),
             torch.no_grad(),
         ):
             for weight in core.parameters():

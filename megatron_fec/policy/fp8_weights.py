@@ -5,7 +5,7 @@ Gathering and scattering move the bytes of a tensor, and those of an FP8 weight 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,19 +17,20 @@ from torch.nn import Parameter
 
 @contextmanager
 def plain_weights(
-    model: torch.nn.Module,
+    models: Sequence[torch.nn.Module],
     *,
     keep: bool = False,
     is_quantized: Callable[[Tensor], bool] = is_float8tensor,
     dequantize: Callable[[Tensor], Tensor] = dequantize_fp8_tensor,
 ) -> Iterator[None]:
-    """Inside the block the model's FP8 weights are bf16 copies, which take 2 bytes each; elsewhere nothing happens.
+    """Inside the block the models' FP8 weights are bf16 copies, which take 2 bytes each; elsewhere nothing happens.
 
     keep: the FP8 weights then take the copies' values, and the copies themselves become the first fp32 weights of the
     optimizer, which else starts from the values that the model was created with, or from values rounded to FP8.
     """
     held = [
         (module, name, weight)
+        for model in models
         for module in model.modules()
         for name, weight in module._parameters.items()
         if weight is not None and is_quantized(weight)

@@ -85,7 +85,7 @@ def build_policy(
         )
         for virtual_stage in range(layout.virtual_stages)
     ]
-    with plain_weights(torch.nn.ModuleList(models), keep=True):
+    with plain_weights([unwrapped(model) for model in models], keep=True):
         bridge.load_weights([GroupedNames(unwrapped(model)) for model in models], model_path)  # type: ignore[list-item]
     gradients = GradientWatch(is_reduced=options_of_policy(policy).overlap)
     chunks = wrap_ddp(models, bridge.config, policy, gradients)

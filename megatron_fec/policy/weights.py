@@ -32,7 +32,7 @@ def hf_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     """(name, full tensor) of the Hugging Face checkpoint, gathered over all ranks; each must iterate it all."""
     gather_weights(policy)
     models: list[torch.nn.Module] = [*cores(policy)]
-    with plain_weights(torch.nn.ModuleList(models)):
+    with plain_weights(models):
         if policy.bridge.config.num_moe_experts is None:
             yield from policy.bridge.export_weights(models)
         else:
