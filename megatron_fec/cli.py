@@ -173,6 +173,40 @@ def doctor(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="a YAML file; the project's own are in configs/")],
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(help="default: those of the file's line `# nodes: N`")] = None,
+    gpu: Annotated[str, typer.Option(help="h100-80, h200 or b200")] = "h100-80",
+    gpus_per_node: Annotated[int, typer.Option(help="of each node")] = 8,
+    price: Annotated[float | None, typer.Option(help="dollars of a GPU hour; default: an assumption")] = None,
+    response_tokens: Annotated[
+        float | None, typer.Option(help="mean of a response; default: a quarter of the longest")
+    ] = None,
+    shows_all: Annotated[bool, typer.Option("--all", help="every layout with its reason")] = False,
+) -> None:
+    """Memory and time of a run before a GPU is touched, by docs/planning.md: exit code 1 if it does not fit."""
+
+    def work() -> None:
+        be_one_rank()
+        from megatron_fec.planning.command import run_plan  # megatron-core takes seconds to import
+
+        code = run_plan(
+            config,
+            overrides or [],
+            nodes=nodes,
+            gpu=gpu,
+            gpus_per_node=gpus_per_node,
+            price=price,
+            response_tokens=response_tokens,
+            shows_all=shows_all,
+        )
+        raise typer.Exit(code)
+
+    _said_in_one_line(work)
+
+
+@app.command()
 def study(
     quick: Annotated[bool, typer.Option("--quick", help="fewer steps, seeds and runs: minutes")] = False,
     seeds: Annotated[int | None, typer.Option(help="runs of each kind; default 3, with --quick 2")] = None,

@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from megatron_fec.algorithm.strategies import needs_reference
 from megatron_fec.config import Config, PolicyConfig
 from megatron_fec.context_split import sequence_multiple
+from megatron_fec.planning.models import shipped_config
 from megatron_fec.policy.model import DTYPES, load_hf_config
 from megatron_fec.policy.parallel import check_world
 from megatron_fec.policy.sizes import (
@@ -55,7 +56,7 @@ def dry_run_text(config: Config, *, nodes: int, gpus_per_node: int) -> str:
     check_batch(config, data_parallel)
     if config.rollout.engine == "vllm":
         check_engines(config.rollout.tensor_parallel, world_size=world_size)
-    hf_config, reason = find_hf_config(config)
+    hf_config, note = published_or_found(config)
     if hf_config is not None:
         check_model(config, hf_config)
     return "\n".join(
@@ -65,11 +66,24 @@ def dry_run_text(config: Config, *, nodes: int, gpus_per_node: int) -> str:
             "",
             *_layout_lines(config, nodes, gpus_per_node),
             "",
-            *(_memory_lines(config, hf_config, world_size) if hf_config is not None else [reason]),
+            *([note] if note else []),
+            *(_memory_lines(config, hf_config, world_size) if hf_config is not None else []),
             "",
             *_batch_lines(config, world_size),
         ]
     )
+
+
+def published_or_found(config: Config) -> tuple[Any, str]:
+    """As find_hf_config, but of an architecture that comes with the package and is not here, as published: asks nobody.
+
+    The second says so then.
+    """
+    path = config.model.path
+    shipped = shipped_config(path)
+    if shipped is None or Path(path).is_dir() or isinstance(try_to_load_from_cache(path, "config.json"), str):
+        return find_hf_config(config)
+    return load_hf_config(str(shipped)), f"sizes of {path} as published, which the package holds"
 
 
 def find_hf_config(config: Config) -> tuple[Any, str]:

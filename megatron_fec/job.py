@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 from transformers.utils.logging import disable_progress_bar
@@ -17,10 +20,13 @@ from megatron_fec.collection import Collector
 from megatron_fec.config import Config, OptimizerConfig, save_config
 from megatron_fec.engines import native_engine, server_engine, vllm_engine
 from megatron_fec.memory_log import PeakMemory
+from megatron_fec.planning.first_step import FirstStep, no_note
 from megatron_fec.policy.checkpoint import TrainerState
 from megatron_fec.policy.checkpoint_files import set_aside
 from megatron_fec.policy.device import device, release_cached_memory
 from megatron_fec.policy.kernels import kernel_lines
+from megatron_fec.policy.layer_spec import uses_transformer_engine
+from megatron_fec.policy.model import load_hf_config
 from megatron_fec.policy.offload import Offload
 from megatron_fec.policy.parallel import ParallelLayout, initialize_parallel
 from megatron_fec.policy.reference import ReferencePolicy
@@ -130,6 +136,21 @@ def _build_trainer(
         state=state,
         # Before a checkpoint is loaded: the policy still has the weights of model.path, or of the warm start.
         reference=ReferencePolicy(policy) if needs_reference(config.algorithm) else None,
+        beside_plan=_beside_plan(config, inputs),
+    )
+
+
+def _beside_plan(config: Config, inputs: Inputs) -> Callable[[Mapping[str, float]], str | None]:
+    """What sets the first step beside its plan; nothing on CPU, of which the planner knows nothing."""
+    if device().type != "cuda":
+        return no_note
+    return FirstStep(
+        config=config,
+        hf_config=load_hf_config(str(inputs.model_dir)),
+        device_name=torch.cuda.get_device_name(),
+        world_size=dist.get_world_size(),
+        gpus_per_node=int(os.environ["LOCAL_WORLD_SIZE"]),  # torchrun's
+        layers="transformer_engine" if uses_transformer_engine() else "local",
     )
 
 

@@ -7,7 +7,7 @@ where the policy is while the engine samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from megatron_fec.config import Config, ConfigError
 from megatron_fec.errors import RunError
 from megatron_fec.evaluate import evaluation_metrics
 from megatron_fec.memory_log import PeakMemory
+from megatron_fec.planning.first_step import no_note
 from megatron_fec.policy.checkpoint import TrainerState, load_checkpoint, load_rng_state, rng_state
 from megatron_fec.policy.checkpoint_save import Saver
 from megatron_fec.policy.device import device, release_cached_memory
@@ -70,6 +71,7 @@ class Trainer:
     saver: Saver = field(default_factory=Saver)
     engine_version: int | None = None  # of the weights in the engine
     saved_step: int = 0  # of the newest checkpoint
+    beside_plan: Callable[[Mapping[str, float]], str | None] = no_note  # of a row: what to print after it
 
     def __post_init__(self) -> None:
         self.timers = Timers(self.memory.during)
@@ -117,7 +119,10 @@ class Trainer:
                 self.state = replace(self.state, unwritten=self._timer_metrics(metrics) | metrics)
                 raise
             metrics = metrics | self.run_validation(step)
-        self.log.write(step - 1, self._timer_metrics(metrics) | metrics)
+        row = self._timer_metrics(metrics) | metrics
+        self.log.write(step - 1, row)
+        if note := self.beside_plan(row):
+            self.log.note(note)
         self.state = replace(self.state, unwritten={})
         if _is_due(settings.save_every, step, last=settings.max_steps):
             self.save()

@@ -36,6 +36,7 @@ DOCUMENTS = [
     "docs/doctor.md",
     "docs/parallelism.md",
     "docs/experts.md",
+    "docs/planning.md",
 ]
 TOP_LEVEL = (
     "configs|docs|launch|megatron_fec|requirements|slurm|tests"  # tracked folders; runs/ is made by running

@@ -76,13 +76,23 @@ def test_the_script_needs_no_process_group_and_leaves_nothing(tmp_path: Path):
 def test_a_hub_name_out_of_reach_is_one_line_and_the_rest_is_printed(tmp_path: Path):
     """The hub is a closed port, and the cache is empty."""
     config = str(ROOT / "configs" / "qwen7b_did.yaml")
-    result = child("--config", config, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    result = child("--config", config, "model.path=some/model", **environment)
     assert result.returncode == 0, result.stderr
     [line] = [line for line in result.stdout.splitlines() if "is not in reach" in line]
-    assert line.startswith("model.path=Qwen/Qwen2.5-7B is not in reach of this machine (")
+    assert line.startswith("model.path=some/model is not in reach of this machine (")
     assert "Connection refused" in line
     assert "16 a rollout = 512 / 32 prompts" in result.stdout
     assert "GB" not in result.stdout
+
+
+def test_a_published_architecture_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("megatron_fec.dry_run.try_to_load_from_cache", lambda *arguments: None)
+    monkeypatch.setattr("megatron_fec.dry_run._reach", lambda url: pytest.fail(f"asked {url}"))
+    config = load_config(ROOT / "configs" / "qwen7b_did.yaml")
+    text = dry_run_text(config, nodes=1, gpus_per_node=8)
+    assert "sizes of Qwen/Qwen2.5-7B as published, which the package holds" in text
+    assert "7,615,616,512 parameters in all" in text
 
 
 def test_the_layout_is_that_of_the_groups(tmp_path: Path):
