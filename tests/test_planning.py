@@ -313,6 +313,10 @@ def test_price_and_nodes_are_the_users():
             "--gpu h100 is not a GPU that the planner knows: h100-80, h200, b200. Did you mean h100-80?",
         ),
         (["--gpu", "mi300x"], "--gpu mi300x is not a GPU that the planner knows: h100-80, h200, b200."),
+        (
+            ["policy.precision=mxfp8"],
+            "policy.precision=mxfp8 needs a GPU of compute capability 10.0 (B200), and this one has 9.0.",
+        ),
         (["--nodes", "0"], "--nodes 0 must be at least 1."),
         (["--gpus-per-node", "0"], "--gpus-per-node 0 must be at least 1."),
         (["--price", "0"], "--price 0 must be greater than 0"),

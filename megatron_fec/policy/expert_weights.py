@@ -46,6 +46,8 @@ class GroupedNames:
 def expert_weights(models: Sequence[Any], layout: ParallelLayout) -> Iterator[tuple[str, Tensor]]:
     """(name, full tensor) of each expert's projections by Hugging Face's names; every rank must iterate it all.
 
+    models: this rank's chunks.
+
     One expert of each EP rank is gathered at a time: two all-gathers, and a broadcast where there are pipeline stages.
     """
     config: Any = models[0].config
