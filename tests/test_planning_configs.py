@@ -13,7 +13,7 @@ from megatron_fec.dry_run import dry_run_text
 from megatron_fec.planning.command import FITS, find_model, run_plan, stated_nodes
 from megatron_fec.planning.table import (
     CONFIGS,
-    DOCUMENT,
+    DOCUMENTS,
     GPUS_PER_NODE,
     ROOT,
     model_table,
@@ -52,13 +52,14 @@ def test_a_file_says_of_itself_what_the_planner_says(path: Path):
     assert planned_line(plan_of(path)) in path.read_text().splitlines(), REFRESH
 
 
-def test_the_table_is_the_planners():
-    text = DOCUMENT.read_text()
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_the_table_is_the_planners(document: Path):
+    text = document.read_text()
     assert replace_table(text, model_table()) == text, REFRESH
 
 
 def test_the_example_is_part_of_the_output(capsys: pytest.CaptureFixture[str]):
-    _, example = DOCUMENT.read_text().split("## Example")
+    _, example = DOCUMENTS[0].read_text().split("## Example")
     [name] = re.findall(r"megatron-fec plan configs/(\S+)`", example)
     run_plan(CONFIGS / name, [])
     printed = {line.rstrip() for line in capsys.readouterr().out.splitlines()}

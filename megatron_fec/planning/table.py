@@ -1,8 +1,8 @@
-"""The table of models and the `# planned:` line of each configuration, from the planner itself.
+"""The table of models in README.md and docs/planning.md, and each configuration's `# planned:` line, from the planner.
 
     .venv/bin/python -m megatron_fec.planning.table
 
-rewrites both in the repository; tests/test_planning_configs.py fails where they are not what the planner says.
+rewrites them in the repository; tests/test_planning_configs.py fails where they are not what the planner says.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_fec.policy.sizes import data_parallel_size
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
-DOCUMENT = ROOT / "docs" / "planning.md"
+DOCUMENTS = (ROOT / "docs" / "planning.md", ROOT / "README.md")
 GPU, GPUS_PER_NODE = "h100-80", 8
 PLANNED = re.compile(r"^# planned: .*$", re.MULTILINE)
 HEADINGS = ("model", "configuration", "nodes x GPUs", "layout", "fullest GPU", "a step", "run or planned")
@@ -63,10 +63,11 @@ def replace_table(text: str, table: list[str]) -> str:
 
 
 def refresh() -> None:
-    """Writes every line and the table anew."""
+    """Writes every line and both tables anew."""
     for path in planned_configs():
         path.write_text(PLANNED.sub(planned_line(plan_of(path)), path.read_text()))
-    DOCUMENT.write_text(replace_table(DOCUMENT.read_text(), model_table()))
+    for document in DOCUMENTS:
+        document.write_text(replace_table(document.read_text(), model_table()))
 
 
 def _row(path: Path, plan: Plan) -> str:
