@@ -18,6 +18,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megatron_fec.config import OptimizerConfig, PolicyConfig, load_config
 from megatron_fec.policy.device import device
+from megatron_fec.policy.model import load_hf_config
 from megatron_fec.policy.parallel import initialize_parallel
 from megatron_fec.policy.step import Policy, build_policy
 
@@ -48,7 +49,7 @@ def subject(
     """Model and layout of a configuration; without one, a small random Qwen2 in fp32 on one rank, or as `sizes` says."""
     if config is not None:
         loaded = load_config(config, list(overrides))
-        chosen = Qwen2Config.from_pretrained(loaded.model.path)
+        chosen: Any = load_hf_config(loaded.model.path)
         return Subject(
             model_dir=loaded.model.path,
             vocab_size=chosen.vocab_size,

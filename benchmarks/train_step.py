@@ -25,13 +25,12 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # the tests' ranks
 
 from policy_bench import Subject, folder_for_model, in_turns, on_ranks, spread, subject
-from transformers import AutoConfig
 
 from megatron_fec.algorithm.schedules import build_schedule
 from megatron_fec.config import AlgorithmConfig, ScheduleConfig
 from megatron_fec.metrics import MetricSums
 from megatron_fec.policy.device import device
-from megatron_fec.policy.model import PolicyModel
+from megatron_fec.policy.model import PolicyModel, load_hf_config
 from megatron_fec.policy.step import Policy, TokenLoss, compute_logprobs, cores, train_update
 from megatron_fec.rollout.packing import PackLayout, pack, with_sample_values
 from megatron_fec.token_loss import policy_token_loss
@@ -165,7 +164,7 @@ def over_ranks(ranks: Sequence[dict[str, list[float]]], *, is_cpu: bool) -> dict
 
 def flops_per_token(model_dir: str, length: int) -> float:
     """Of forward and backward: 6 for each weight that multiplies a token, and causal attention; no recompute."""
-    c: Any = AutoConfig.from_pretrained(model_dir)
+    c: Any = load_hf_config(str(model_dir))
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     attention = c.hidden_size * head * 2 * (c.num_attention_heads + c.num_key_value_heads)
     weights = c.num_hidden_layers * (attention + 3 * c.hidden_size * c.intermediate_size)

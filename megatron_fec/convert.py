@@ -12,6 +12,7 @@ from megatron_fec.policy.model import load_hf_config
 from megatron_fec.policy.parallel import initialize_parallel
 from megatron_fec.policy.step import build_policy
 from megatron_fec.policy.weights import export_hf
+from megatron_fec.policy_options import FP8
 from megatron_fec.preflight import local_model
 
 
@@ -25,8 +26,10 @@ def convert(checkpoint: Path, output: Path) -> None:
     if output.exists() and any(output.iterdir()):
         raise ConfigError(f"{output} is not empty. Name a new folder for the Hugging Face checkpoint.")
     config = load_config(run_dir / "config.yaml")
+    is_fp8 = config.policy.precision in FP8  # of products alone; checkpoints hold bf16 weights
     one_rank = replace(
         config.policy,
+        precision="bf16" if is_fp8 else config.policy.precision,
         tensor_parallel=1,
         pipeline_parallel=1,
         context_parallel=1,

@@ -34,7 +34,7 @@ from megatron_fec.policy.step import Policy, build_policy
 from megatron_fec.policy.weights import export_hf
 from megatron_fec.policy_options import options_of_policy
 from megatron_fec.precision_rules import token_multiple
-from megatron_fec.preflight import ENGINES_DIR, Inputs, prepare_inputs
+from megatron_fec.preflight import ENGINES_DIR, Inputs, on_all_ranks, prepare_inputs
 from megatron_fec.report import write_report
 from megatron_fec.rollout.engine import Engine, true_vocab_size
 from megatron_fec.rollout.packing import PackLayout
@@ -108,7 +108,8 @@ def _build_trainer(
     state = TrainerState(step=0, consumed_samples=0, weight_version=0, schedule={})
     samples_itself = config.rollout.engine == "native"
     offload = Offload(policy, options_of_policy(config.policy).offload, policy_samples=samples_itself)
-    offload.enter("generate")  # an engine takes its share of the memory that is free when it starts
+    # An engine takes its share of the memory that is free when it starts; and a rank may have no host memory for it.
+    on_all_ranks(lambda: offload.enter("generate"))
     engine = _engine(config, inputs, policy, log)
     offload.enter("train")  # a checkpoint may follow
     return Trainer(

@@ -240,11 +240,11 @@ def fp8_widths(hf_config: Any, policy: PolicyConfig) -> dict[str, int]:
         * head
         // tp,
         "num_attention_heads head_dim": heads * head // tp,
-        "intermediate_size": hf_config.intermediate_size // tp,
     }
-    expert = getattr(hf_config, "moe_intermediate_size", None)
-    if expert:
+    if expert := getattr(hf_config, "moe_intermediate_size", None):
         widths["moe_intermediate_size"] = expert // options_of_policy(policy).expert_tensor_parallel
+    else:
+        widths["intermediate_size"] = hf_config.intermediate_size // tp
     return widths
 
 

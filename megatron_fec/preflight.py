@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
@@ -19,8 +18,6 @@ from megatron_fec.hub import hub_model
 from megatron_fec.policy.checkpoint import TrainerState, read_trainer_state
 from megatron_fec.policy.checkpoint_files import find_checkpoints, newest_whole
 from megatron_fec.policy.kernels import Installed, check_kernels
-from megatron_fec.policy.layer_spec import HAS_TRANSFORMER_ENGINE
-from megatron_fec.policy.layout_settings import check_devices
 from megatron_fec.policy.model import load_hf_config
 from megatron_fec.policy.parallel import check_model_sizes
 from megatron_fec.policy.tiny_model import save_tiny_model
@@ -82,9 +79,6 @@ def on_all_ranks(work: Callable[[], Result]) -> Result:
 
 
 def _check_start(config: Config, run_dir: Path, data_parallel: int) -> None:
-    check_devices(
-        config.policy, has_gpu=torch.cuda.is_available(), has_transformer_engine=HAS_TRANSFORMER_ENGINE
-    )
     check_kernels(config.policy)
     check_reference(config)
     _check_engine(config)

@@ -119,9 +119,8 @@ def _engine(config: Config, run_dir: Path, address: str) -> ServedEngine:
             "launch/serve.py needs vLLM, which is not installed. Install the extra rollout-cpu or gpu."
         )
     rollout = config.rollout
-    if rollout.precision == "fp8":
-        capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-        check_rollout_gpu(rollout.precision, config.policy.precision, capability=capability)
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    check_rollout_gpu(rollout.precision, config.policy.precision, capability=capability)
     model_dir = _model_dir(config, run_dir)
     tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
     # Imported only here: vLLM is an optional extra, and importing it takes seconds.

@@ -238,8 +238,9 @@ class Trainer:
 
     def prepare_for_inference(self) -> None:
         """Brings the current weights into the engine, once it has finished what it samples ahead."""
-        with self.timers("generate"):
-            self.collector.finish_ahead()
+        if self.config.rollout.max_lag:
+            with self.timers("generate"):
+                self.collector.finish_ahead()
         release_cached_memory()
         if self.engine_version != self.state.weight_version:
             self._move("refit")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,6 +167,27 @@ def test_convert_equals_the_export_of_the_run(undisturbed: Path, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     assert_same_weights(tmp_path / "hf", undisturbed / "hf")
     assert AutoTokenizer.from_pretrained(tmp_path / "hf").eos_token_id is not None
+
+
+def test_convert_of_a_run_in_fp8_needs_no_gpu(undisturbed: Path, tmp_path: Path):
+    """Its weights are bf16; only what it says of itself is changed here, for no run in FP8 can be made."""
+    checkpoint = Path("checkpoints") / "step_000020"
+    shutil.copytree(undisturbed / checkpoint, tmp_path / "run" / checkpoint)
+    shutil.copytree(undisturbed / "model", tmp_path / "run" / "model")
+    text = (undisturbed / "config.yaml").read_text()
+    assert "precision: fp32" in text
+    (tmp_path / "run" / "config.yaml").write_text(text.replace("precision: fp32", "precision: fp8_blockwise"))
+    arguments = ["convert", str(tmp_path / "run" / checkpoint), str(tmp_path / "hf")]
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert done.returncode == 0, done.stderr
+    exact = weights_of(undisturbed / "hf")
+    assert all(torch.equal(w, exact[name].bfloat16()) for name, w in weights_of(tmp_path / "hf").items())
 
 
 # ------------------------------------------------------------------ interruptions

@@ -111,6 +111,17 @@ def test_what_is_absent_is_not(absent: dict[str, Any], wanted: tuple[bool, bool]
             "2.11 or newer, computes packed sequences in fp32",
         ),
         (
+            {"attention": "unfused", "context_parallel": 2},
+            {},
+            "context_parallel=2 with .* does not split sequences",
+        ),
+        ({"precision": "fp32", "context_parallel": 2}, {}, "context_parallel=2 with policy.precision=fp32"),
+        (
+            {"context_parallel": 2},
+            {"transformer_engine": None},
+            "context_parallel=2 needs Transformer Engine's attention",
+        ),
+        (
             {},
             {"engine_is_broken": True, "transformer_engine": None},
             "is installed, and megatron-core could not import",
@@ -127,7 +138,8 @@ def test_a_kernel_that_is_absent_is_refused(
     settings: dict[str, Any], absent: dict[str, Any], match: str
 ) -> None:
     options = {name: settings[name] for name in settings if name == "attention"}
-    chosen = PolicyConfig(precision=settings.get("precision", "bf16"), options=options)
+    fields = {name: settings[name] for name in settings if name != "attention"}
+    chosen = PolicyConfig(**fields, options=options)
     with pytest.raises(ConfigError, match=match):
         check_kernels(chosen, replace(GPU, **absent))
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import param_and_grad_buffer
 from policy_fixtures import (
     assert_same_weights,
     build,
@@ -182,3 +183,31 @@ def test_a_gradient_that_is_not_finite_still_stops_every_rank(model_dir: Path) -
     (first, one), (second, other) = on_layout(model_dir, job, chosen, data_parallel=2)
     assert first == second and "not finite: the gradient of module.decoder.layers.0.mlp.linear_fc2" in first
     assert one == other and all(math.isfinite(loss) for loss, _ in one)
+
+
+def test_weights_in_fp8_are_finished_after_each_gather(model_dir: Path) -> None:
+    """Transformer Engine makes the backward's copy of an FP8 weight then; here bf16 ones stand for them."""
+
+    def job(policy: Policy) -> list[int]:
+        finished: list[int] = []
+        buffers: Any = param_and_grad_buffer
+        buffers.is_float8tensor = lambda tensor: True
+        buffers.post_all_gather_processing = lambda weights: finished.append(len(weights))
+        (batches,) = pack_for(policy, make_groups())
+        counts = []
+        for read in (False, True):
+            steps(policy, 1)
+            finished.clear()
+            if read:
+                gather_weights(policy)
+            compute_logprobs(policy, [batches])
+            gather_weights(policy)
+            counts.append(sum(finished))
+        return counts
+
+    weights = on_layout(model_dir, lambda policy: len(list(cores(policy)[0].parameters())))[0]
+    settings = PolicyConfig(micro_batch_tokens=512, distributed_optimizer=True, options={"overlap": True})
+    for counts in on_layout(model_dir, job, settings, data_parallel=2):
+        assert counts == [weights, weights], (
+            "once an update, whether or not they were read before the forward"
+        )

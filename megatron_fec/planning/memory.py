@@ -116,9 +116,12 @@ def weight_bytes(policy: PolicyConfig, held: StageMemory) -> float:
 
 
 def engine_weight_bytes(config: Config, shape: Shape) -> float:
-    """On each GPU of an engine."""
-    element = 1 if config.rollout.precision == "fp8" else 4 if config.policy.precision == "fp32" else 2
-    return shape.parameters * element / config.rollout.tensor_parallel
+    """On each GPU of an engine; embedding and head are never quantized."""
+    ranks = config.rollout.tensor_parallel
+    if config.rollout.precision == "fp8":
+        ends = 2 * shape.head_weights
+        return (shape.parameters - ends + 2 * ends) / ranks
+    return shape.parameters * (4 if config.policy.precision == "fp32" else 2) / ranks
 
 
 def _cache_element(policy: PolicyConfig) -> int:

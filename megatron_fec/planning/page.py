@@ -195,7 +195,7 @@ def _scale_table(scales: Sequence[Scale]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for heading in ("nodes", "GPUs", "seconds a step", "speed-up"):
         table.add_column(heading, justify="right")
-    table.add_column("largest part that does not shrink, or what is in the way")
+    table.add_column("largest part that hardly shrinks, or what is in the way")
     for row in scales:
         seconds = "-" if row.seconds is None else f"{row.seconds:.1f}"
         speedup = "-" if row.speedup is None else f"{row.speedup:.1f}"

@@ -80,7 +80,8 @@ def _decode_step(
     read = element * _weights_read(shape, active) / ranks
     read += active * context * shape.cache_bytes(cache_element, ranks=ranks)
     memory = read / (gpu.hbm * assumptions.DECODE_BANDWIDTH)
-    rate = gpu.peak("fp8" if rollout.precision == "fp8" else "bf16") * assumptions.MATMUL["bf16"]
+    kind = "fp8" if rollout.precision == "fp8" else "bf16"
+    rate = gpu.peak(kind) * assumptions.MATMUL[kind]
     products = 2 * _weights_a_token_meets(shape) * active / rollout.tensor_parallel / rate
     latency = assumptions.ALL_REDUCE_LATENCY if is_inside_node else assumptions.NETWORK_LATENCY
     collectives = 2 * shape.layers * latency if rollout.tensor_parallel > 1 else 0.0

@@ -37,6 +37,7 @@ MODEL_SIZES = (
     "num_key_value_heads",
     "tie_word_embeddings",
 )
+EXPERT_SIZES = ("num_experts", "moe_intermediate_size")  # where the model has experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

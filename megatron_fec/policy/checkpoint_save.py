@@ -21,7 +21,14 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-from megatron_fec.policy.checkpoint import MODEL_SIZES, TrainerState, is_distributed, rng_state, sharded_state
+from megatron_fec.policy.checkpoint import (
+    EXPERT_SIZES,
+    MODEL_SIZES,
+    TrainerState,
+    is_distributed,
+    rng_state,
+    sharded_state,
+)
 from megatron_fec.policy.checkpoint_files import (
     STATE_FILE,
     CheckpointError,
@@ -170,7 +177,7 @@ def _write_own_files(policy: Policy, state: TrainerState, writing: Path) -> dict
         hf_config = policy.bridge.hf_config
         saved = {
             "trainer": asdict(state),
-            "model": {name: getattr(hf_config, name) for name in MODEL_SIZES},
+            "model": {n: getattr(hf_config, n) for n in MODEL_SIZES + EXPERT_SIZES if hasattr(hf_config, n)},
             "distributed_optimizer": is_distributed(policy),
             "world_size": dist.get_world_size(),
         }

@@ -22,6 +22,7 @@ from megatron.core.utils import get_te_version
 
 from megatron_fec.config import ConfigError, PolicyConfig
 from megatron_fec.policy.layer_spec import uses_transformer_engine
+from megatron_fec.policy.layout_settings import check_devices
 from megatron_fec.policy_options import options_of_policy
 from megatron_fec.precision_rules import Version, check_gpu, version_of
 from megatron_fec.vocab_parallel.token_stats import kernel_for
@@ -80,7 +81,7 @@ def kernel_settings(policy: PolicyConfig, installed: Installed | None = None) ->
 
 
 def check_kernels(policy: PolicyConfig, installed: Installed | None = None) -> None:
-    """Raises ConfigError for a precision or an attention that this process cannot compute."""
+    """Raises ConfigError for a precision, an attention or a layout that this process cannot compute."""
     found = installed or Installed.here()
     if found.engine_is_broken:
         raise ConfigError(
@@ -92,6 +93,11 @@ def check_kernels(policy: PolicyConfig, installed: Installed | None = None) -> N
         capability=found.capability,
         te_version=found.transformer_engine,
         cuda_version=found.cuda,
+    )
+    check_devices(
+        policy,
+        has_gpu=found.capability is not None,
+        has_transformer_engine=found.transformer_engine is not None,
     )
     attention = options_of_policy(policy).attention
     setting = f"policy.options.attention={attention}"
@@ -114,6 +120,11 @@ def check_kernels(policy: PolicyConfig, installed: Installed | None = None) -> N
         raise ConfigError(
             f"policy.precision=fp32 with {setting}: on a GPU only Transformer Engine's unfused attention, of 2.11 or "
             "newer, computes packed sequences in fp32. Use policy.precision=bf16, or attention=unfused."
+        )
+    if policy.context_parallel > 1 and (attention == "unfused" or policy.precision == "fp32"):
+        raise ConfigError(
+            f"policy.context_parallel={policy.context_parallel} with policy.precision={policy.precision} and {setting}: "
+            "Transformer Engine's unfused attention, which that is, does not split sequences. Use bf16 with fused or flash."
         )
 
 

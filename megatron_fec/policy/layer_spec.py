@@ -41,6 +41,10 @@ def block_spec(config: TransformerConfig, *, vp_stage: int | None = None) -> Any
     layer: Any = spec.submodules
     layer.input_layernorm = RMSNorm
     layer.pre_mlp_layernorm = RMSNorm
+    if (
+        config.num_moe_experts
+    ):  # the names of Transformer Engine's layers, so that each reads the other's checkpoints
+        layer.sharded_state_dict_keys_map = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     attention = layer.self_attention.submodules
     attention.core_attention = PackedAttention
     if config.qk_layernorm:

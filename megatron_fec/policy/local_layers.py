@@ -1,6 +1,6 @@
 """The two layers that megatron-core's local spec lacks: RMSNorm with sequence parallelism, attention over packed sequences.
 
-They are used only where Transformer Engine is not installed.
+They are used where Transformer Engine cannot run.
 """
 
 from __future__ import annotations

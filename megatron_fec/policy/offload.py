@@ -20,8 +20,9 @@ MegatronOptimizer.offload_to_cpu is not used: it gives each tensor other memory,
 parameter whose view it is, and takes unpinned memory anew in each step. Its buffers' offload_to_cpu knows no parameters
 outside the buffers, which is all of them under the plain optimizer.
 
-The host memory of a kind is allocated when the kind first leaves, and again once: Adam has no moments before its first
-update. It is registered with CUDA instead of coming from torch's pinned allocator, which rounds up to a power of two.
+The host memory of a kind is allocated when the kind first leaves, before the engine is built, with room for the moments that
+Adam's first update will make. It is registered with CUDA instead of coming from torch's pinned allocator, which rounds up
+to a power of two.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ class Offload:
         if kind not in self._host or self._host[kind].nbytes < end:
             if kind in self._host:
                 _release(self._host.pop(kind))
-            self._host[kind] = host_memory(end, kind)
+            self._host[kind] = host_memory(end + _bytes_to_come(self._policy, kind), kind)
         return ((self._host[kind][place], storage) for place, storage in placed)
 
 
@@ -181,6 +182,22 @@ def _optimizer_tensors(policy: Policy) -> Iterator[Tensor]:
             yield from group["params"]
         for state in inner.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def _bytes_to_come(policy: Policy, kind: Kind) -> int:
+    """At most, of Adam's moments that its first update will make."""
+    if kind != "optimizer":
+        return 0
+    outers = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
+    inners: list[Any] = [outer.optimizer for outer in outers if outer.optimizer is not None]
+    without = [
+        parameter
+        for inner in inners
+        for group in inner.param_groups
+        for parameter in group["params"]
+        if parameter not in inner.state
+    ]
+    return sum(2 * (4 * parameter.numel() + ALIGNMENT) for parameter in without)
 
 
 def _unique(tensors: Iterable[Tensor]) -> dict[int, UntypedStorage]:

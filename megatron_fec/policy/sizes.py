@@ -76,21 +76,11 @@ def expert_data_parallel_size(policy: PolicyConfig, world_size: int) -> int:
 
 def parameter_count(hf_config: Any) -> int:
     """Of the checkpoint as Hugging Face counts them: rows of padding left out, a tied output counted once."""
-    return _checkpoint_parameters(hf_config, experts_of_a_layer=num_experts(hf_config))
-
-
-def active_parameter_count(hf_config: Any) -> int:
-    """Those of parameter_count that one token meets: of the experts, num_experts_per_tok a layer; the embedding whole."""
-    experts = hf_config.num_experts_per_tok if num_experts(hf_config) else 0
-    return _checkpoint_parameters(hf_config, experts_of_a_layer=experts)
-
-
-def _checkpoint_parameters(hf_config: Any, *, experts_of_a_layer: int) -> int:
     embedding = hf_config.vocab_size * hf_config.hidden_size
     copies = 1 if hf_config.tie_word_embeddings else 2
     layer = _layer_parameters(hf_config, tensor_parallel=1)
-    if experts_of_a_layer:
-        layer += experts_of_a_layer * _expert_parameters(hf_config)
+    if num_experts(hf_config):
+        layer += num_experts(hf_config) * _expert_parameters(hf_config)
     return copies * embedding + hf_config.num_hidden_layers * layer + hf_config.hidden_size
 
 

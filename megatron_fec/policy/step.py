@@ -22,8 +22,6 @@ from megatron_fec.policy.device import device
 from megatron_fec.policy.expert_weights import GroupedNames
 from megatron_fec.policy.fp8_weights import plain_weights
 from megatron_fec.policy.kernels import check_kernels
-from megatron_fec.policy.layer_spec import HAS_TRANSFORMER_ENGINE
-from megatron_fec.policy.layout_settings import check_devices
 from megatron_fec.policy.model import PolicyModel, build_bridge, build_model, forward, load_hf_config
 from megatron_fec.policy.nonfinite import GRADIENTS, LOGPROBS, LOSS, NORM, GradientWatch, check_finite
 from megatron_fec.policy.optimizer import build_optimizer, clip_gradients, wrap_ddp
@@ -71,7 +69,6 @@ def build_policy(
     check_kernels(policy)
     hf_config = load_hf_config(model_path)
     check_model_sizes(hf_config, policy)
-    check_devices(policy, has_gpu=torch.cuda.is_available(), has_transformer_engine=HAS_TRANSFORMER_ENGINE)
     bridge = build_bridge(hf_config, policy)
     initialize_tp_overlap(policy, hidden_size=hf_config.hidden_size)
     models = [
@@ -221,7 +218,9 @@ def gather_weights(policy: Policy) -> None:
     """
     for chunk in policy.chunks:
         if chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)
+            # Not start_param_sync(force_sync=True): in 0.16 it leaves out what FP8 weights need after a gather.
+            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                group.finish_param_sync(skip_next_bucket_dispatch=True)
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
