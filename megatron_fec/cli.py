@@ -21,7 +21,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from megatron_fec.config import ConfigError, load_config
 from megatron_fec.doctor import DEADLINE, examine
 from megatron_fec.evaluation_config import load_evaluation
-from megatron_fec.launcher import be_one_rank
+from megatron_fec.launcher import be_one_rank, quiet_libraries
 from megatron_fec.replay import run_replay
 from megatron_fec.replay_output import write_replay
 from megatron_fec.report import write_report
@@ -188,7 +188,7 @@ def plan(
     """Memory and time of a run before a GPU is touched, by docs/planning.md: exit code 1 if it does not fit."""
 
     def work() -> None:
-        be_one_rank()
+        quiet_libraries()
         from megatron_fec.planning.command import run_plan  # megatron-core takes seconds to import
 
         code = run_plan(

@@ -109,7 +109,11 @@ def be_one_rank() -> None:
         os.environ.setdefault(name, value)
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    # What the libraries say about themselves at import, once a rank; none of it is in the user's hands.
+    quiet_libraries()
+
+
+def quiet_libraries() -> None:
+    """Leaves out what libraries say about themselves at import, once a rank; none of it is in the user's hands."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     for message in (".*(Apex|apex|Transformer Engine|transformer_engine)", "full scope is deprecated"):
         warnings.filterwarnings("ignore", message=message)

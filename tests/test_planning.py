@@ -85,9 +85,9 @@ def test_options_change_the_bytes_that_they_are_about():
     fp8 = "policy.precision=fp8_blockwise"
     weights = part("weights")
     assert part("weights", fp8) == 2 * weights
-    ends = 2 * 152064 * 5120  # embedding and head, which stay in bf16, on engines of 8 ranks
+    ends = 2 * 152064 * 5120  # embedding and head, which stay in bf16, on engines of 4 ranks
     assert part("engine weights", "rollout.precision=fp8", phase="sampling") == pytest.approx(
-        (part("engine weights", phase="sampling") + 2 * ends / 8) / 2
+        (part("engine weights", phase="sampling") + 2 * ends / 4) / 2
     )
     assert part("logits", "policy.logits_chunk_tokens=1024") == pytest.approx(part("logits") / 8)
     assert part("activations", "policy.options.recompute=full") < part("activations") / 5
