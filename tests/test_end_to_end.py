@@ -154,9 +154,8 @@ def test_transformers_answers_with_the_trained_weights(undisturbed: Path, warm: 
     assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
 
 
-def test_convert_equals_the_export_of_the_run(undisturbed: Path, tmp_path: Path):
-    checkpoint = undisturbed / "checkpoints" / "step_000020"
-    arguments = ["convert", str(checkpoint), str(tmp_path / "hf")]
+def convert(checkpoint: Path, output: Path) -> None:
+    arguments = ["convert", str(checkpoint), str(output)]
     done = subprocess.run(
         [sys.executable, "-c", COMMAND, *arguments],
         cwd=ROOT,
@@ -165,6 +164,11 @@ def test_convert_equals_the_export_of_the_run(undisturbed: Path, tmp_path: Path)
         timeout=DEADLINE,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_convert_equals_the_export_of_the_run(undisturbed: Path, tmp_path: Path):
+    checkpoint = undisturbed / "checkpoints" / "step_000020"
+    convert(checkpoint, tmp_path / "hf")
     assert_same_weights(tmp_path / "hf", undisturbed / "hf")
     assert AutoTokenizer.from_pretrained(tmp_path / "hf").eos_token_id is not None
 
@@ -177,15 +181,7 @@ def test_convert_of_a_run_in_fp8_needs_no_gpu(undisturbed: Path, tmp_path: Path)
     text = (undisturbed / "config.yaml").read_text()
     assert "precision: fp32" in text
     (tmp_path / "run" / "config.yaml").write_text(text.replace("precision: fp32", "precision: fp8_blockwise"))
-    arguments = ["convert", str(tmp_path / "run" / checkpoint), str(tmp_path / "hf")]
-    done = subprocess.run(
-        [sys.executable, "-c", COMMAND, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-    )
-    assert done.returncode == 0, done.stderr
+    convert(tmp_path / "run" / checkpoint, tmp_path / "hf")
     exact = weights_of(undisturbed / "hf")
     assert all(torch.equal(w, exact[name].bfloat16()) for name, w in weights_of(tmp_path / "hf").items())
 
