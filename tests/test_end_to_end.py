@@ -177,7 +177,6 @@ def test_convert_of_a_run_in_fp8_needs_no_gpu(undisturbed: Path, tmp_path: Path)
     """Its weights are bf16; only what it says of itself is changed here, for no run in FP8 can be made."""
     checkpoint = Path("checkpoints") / "step_000020"
     shutil.copytree(undisturbed / checkpoint, tmp_path / "run" / checkpoint)
-    shutil.copytree(undisturbed / "model", tmp_path / "run" / "model")
     text = (undisturbed / "config.yaml").read_text()
     assert "precision: fp32" in text
     (tmp_path / "run" / "config.yaml").write_text(text.replace("precision: fp32", "precision: fp8_blockwise"))
