@@ -103,6 +103,7 @@ def be_one_rank() -> None:
     for name, value in {
         "RANK": "0",
         "WORLD_SIZE": "1",
+        "LOCAL_WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
     }.items():
