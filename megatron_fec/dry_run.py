@@ -30,7 +30,7 @@ from megatron_fec.policy.sizes import (
     stage_memory,
 )
 from megatron_fec.policy.tiny_model import save_tiny_model
-from megatron_fec.policy_options import options_of_policy
+from megatron_fec.policy_options import micro_batch_multiple, options_of_policy
 from megatron_fec.preflight import EMBEDDED, check_batch, check_engines, check_model
 from megatron_fec.tasks.arithmetic import VOCABULARY
 
@@ -221,9 +221,8 @@ def _batch_lines(config: Config, world_size: int) -> list[str]:
     longest = -(-positions // multiple) * multiple
     fitting = policy.micro_batch_tokens // longest
     micro_batches = -(-per_rank // fitting)
-    virtual = options_of_policy(policy).virtual_stages > 1
-    group = policy.pipeline_parallel if virtual else 1
-    groups = f", in groups of {group}" if virtual else ""
+    group = micro_batch_multiple(policy)
+    groups = f", in groups of {group}" if group > 1 else ""
     refills = f", at most {1 + rollout.max_refills} times with refills" if rollout.max_refills else ""
     context = policy.context_parallel
     part = (

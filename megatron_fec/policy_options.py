@@ -56,6 +56,11 @@ def options_of_policy(policy: PolicyConfig) -> PolicyOptions:
     return PolicyOptions(**policy.options)
 
 
+def micro_batch_multiple(policy: PolicyConfig) -> int:
+    """An update has a multiple of it micro-batches: megatron-core's interleaved schedule runs them in such groups."""
+    return policy.pipeline_parallel if options_of_policy(policy).virtual_stages > 1 else 1
+
+
 def check_policy(policy: PolicyConfig) -> None:
     """Raises ConfigError for an option that does not exist or does not fit its type, and for what excludes each other."""
     check_options({"the policy": PolicyOptions}, policy.options, key="policy.options")

@@ -28,7 +28,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_fec.rollout.engine import PackedGroups, Sampling, true_vocab_size
 from megatron_fec.rollout.engine_client import Deadlines
 from megatron_fec.rollout.engine_folder import EngineAddress, read_addresses, read_key, write_address
-from megatron_fec.rollout.fleet import Fleet
 from megatron_fec.rollout.server_engine import ServerEngine
 from megatron_fec.rollout.weight_transfer import GlooSender
 from megatron_fec.rollout.wire import COUNT, MAC, SESSION, answer_mac, samples_from_bytes, samples_to_bytes
@@ -222,10 +221,6 @@ def gloo(address: str, world_size: int, timeout: float) -> GlooSender:
 def weights(model_dir: Path, scale: float = 1.0) -> dict[str, Tensor]:
     state = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).state_dict()
     return {name: tensor.detach() * scale for name, tensor in state.items() if name != "lm_head.weight"}
-
-
-def fleet_of(folder: Path, said: list[str], deadlines: Deadlines = FAST, make_sender: Any = gloo) -> Fleet:
-    return Fleet(folder, make_sender=make_sender, say=said.append, deadlines=deadlines)
 
 
 def engine_of(folder: Path, model_dir: Path, said: list[str], **more: Any) -> ServerEngine:

@@ -13,7 +13,7 @@ from megatron_fec.planning.links import Links
 from megatron_fec.planning.memory import Batch, optimizer_bytes
 from megatron_fec.planning.shape import Shape
 from megatron_fec.policy.sizes import StageMemory, data_parallel_size, expert_data_parallel_size
-from megatron_fec.policy_options import FP8, options_of_policy
+from megatron_fec.policy_options import FP8, micro_batch_multiple, options_of_policy
 
 PACKING = 0.9  # share of policy.micro_batch_tokens that the fewest micro-batches which fit fill
 
@@ -38,9 +38,8 @@ def batch_of_rank(config: Config, lengths: Lengths, *, world_size: int) -> Batch
     share = sequences / max(1, data_parallel_size(policy, world_size)) * lengths.sequence
     tokens = max(share, lengths.expected_longest(sequences) - 1)
     count = max(1, math.ceil(tokens / (policy.micro_batch_tokens * PACKING)))
-    if options_of_policy(policy).virtual_stages > 1:
-        count = -(-count // policy.pipeline_parallel) * policy.pipeline_parallel
-    return Batch(micro_batches=count, tokens=tokens)
+    group = micro_batch_multiple(policy)
+    return Batch(micro_batches=-(-count // group) * group, tokens=tokens)
 
 
 def flops_per_token(shape: Shape, lengths: Lengths) -> tuple[float, float, float]:

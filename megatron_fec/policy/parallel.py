@@ -12,7 +12,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron_fec.config import ConfigError, PolicyConfig
 from megatron_fec.policy.device import backend, prepare_device
 from megatron_fec.policy.experts import check_expert_sizes, check_expert_world, num_experts
-from megatron_fec.policy_options import options_of_policy
+from megatron_fec.policy_options import micro_batch_multiple, options_of_policy
 from megatron_fec.precision_rules import check_fp8_sizes
 
 COLLECTIVE_DEADLINE = timedelta(minutes=30)  # a rank that waits longer names the collective and stops
@@ -35,12 +35,8 @@ class ParallelLayout:
     context_group: dist.ProcessGroup  # its ranks hold parts of the same sequences
     expert_group: dist.ProcessGroup  # its ranks hold other experts of the same layers
     expert_tensor_group: dist.ProcessGroup  # its ranks hold parts of the same experts
+    micro_batch_multiple: int  # of an update: policy_options.micro_batch_multiple
     is_last_stage: bool
-
-    @property
-    def micro_batch_multiple(self) -> int:
-        """An update has a multiple of it micro-batches: megatron-core's interleaved schedule runs them in such groups."""
-        return self.pipeline_parallel if self.virtual_stages > 1 else 1
 
     @property
     def reports_metrics(self) -> bool:
@@ -77,6 +73,7 @@ def initialize_parallel(policy: PolicyConfig, *, seed: int) -> ParallelLayout:
         tensor_parallel=policy.tensor_parallel,
         pipeline_parallel=policy.pipeline_parallel,
         virtual_stages=options.virtual_stages,
+        micro_batch_multiple=micro_batch_multiple(policy),
         context_parallel=policy.context_parallel,
         context_parallel_rank=parallel_state.get_context_parallel_rank(),
         data_parallel=parallel_state.get_data_parallel_world_size(),
